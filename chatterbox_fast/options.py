@@ -1,0 +1,66 @@
+"""Every switch of `patch`, its default, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+Precision = Literal["auto", "exact", "bf16", "fp16", "int8"]
+Backend = Literal["auto", "cuda", "triton", "reference"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Switches of `chatterbox_fast.patch`; all have a safe default.
+
+    Attributes:
+        precision: ``"exact"`` computes in the model's own dtype and gives stock's tokens for the
+            same seed. ``"bf16"``, ``"fp16"`` and ``"int8"`` trade that for speed. ``"auto"`` is
+            exact on a CPU, bf16 on a GPU that has it, fp16 on an older one.
+        backend: which implementation of each op to prefer; ``"auto"`` takes the fastest one that
+            is there, in the order CUDA, Triton, reference. `CHATTERBOX_FAST_BACKEND` overrides it.
+        compile: use ``torch.compile`` where it beats the hand-written path.
+        watermark: False leaves out Perth's watermark (stock always applies it).
+        progress: True shows stock's progress bar; it costs a terminal write per token.
+        strict: True raises where a site would otherwise be left to stock with a reason.
+    """
+
+    precision: Precision = "auto"
+    backend: Backend = "auto"
+    compile: bool = False
+    watermark: bool = True
+    progress: bool = False
+    strict: bool = False
+
+    @classmethod
+    def of(cls, **switches: Any) -> Options:
+        """Builds options from keywords as a user writes them.
+
+        Raises:
+            TypeError: an unknown switch, or a switch that must be a bool and is not.
+            ValueError: a precision or backend that does not exist.
+        """
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(switches) - set(known)):
+            raise TypeError(
+                f"chatterbox_fast.patch: unknown option {', '.join(map(repr, unknown))}; "
+                f"the options are {', '.join(known)}"
+            )
+        options = cls(**switches)
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        for name, choices in (("precision", get_args(Precision)), ("backend", get_args(Backend))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(
+                    f"chatterbox_fast.patch: {name} must be one of {', '.join(choices)}, "
+                    f"got {value!r}"
+                )
+        for name in ("compile", "watermark", "progress", "strict"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(
+                    f"chatterbox_fast.patch: {name} must be True or False, got {value!r}"
+                )

@@ -1,0 +1,159 @@
+"""patch(model): swaps fast engines into a stock Chatterbox object, and takes them out again.
+
+Each replacement is an instance attribute, recorded with what was there before, so that unpatch()
+gives back exactly that. Classes, modules and other models in the process are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from . import dispatch
+from .options import Options
+from .overrides import Override, apply_all, undo_all
+from .sites import STOCK_CLASSES, Row, describe_switches, sites_of, watermark_override
+
+Model = TypeVar("Model")
+
+_RECORD = "_chatterbox_fast"
+
+
+@dataclass
+class Record:
+    """What patch() did to a model; lives on the model, next to what it replaced."""
+
+    options: Options
+    overrides: list[Override]
+
+
+def patch(model: Model, **options: Any) -> Model:
+    """Makes a stock Chatterbox object fast, in place.
+
+    Args:
+        model: a `ChatterboxTTS`, `ChatterboxMultilingualTTS`, `ChatterboxTurboTTS` or
+            `ChatterboxVC`.
+        **options: the switches of `Options`: precision, backend, compile, watermark, progress,
+            strict.
+
+    Returns:
+        `model` itself. Its ``generate`` takes stock's arguments, and ``seed``: with a seed the
+        request draws from generators of its own and gives what stock gives after
+        ``torch.manual_seed(seed)``; without one it draws from torch's global generators.
+
+    Patching again with the same options does nothing; with other options it replaces the patch.
+
+    Raises:
+        TypeError: not a Chatterbox object, or an unknown option.
+        ValueError: an option out of range.
+        RuntimeError: with ``strict=True``, where something would be left to stock; the model is
+            then as it was.
+    """
+    chosen = Options.of(**options)
+    dispatch.requested_backend(chosen.backend)
+    if not any(base.__name__ in STOCK_CLASSES for base in type(model).__mro__):
+        raise TypeError(
+            f"chatterbox_fast.patch: model must be a {', '.join(STOCK_CLASSES)}, "
+            f"got {type(model).__qualname__}"
+        )
+    previous = _record(model)
+    if previous is None:
+        _install(model, chosen)
+    elif previous.options != chosen:
+        unpatch(model)
+        try:
+            _install(model, chosen)
+        except BaseException:
+            _install(model, previous.options)
+            raise
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Undoes patch(): every replaced attribute is again what it was. Returns `model`.
+
+    A model that is not patched is left alone.
+
+    Raises:
+        RuntimeError: something else replaced one of the attributes after patch(); nothing is
+            changed then.
+    """
+    record = _record(model)
+    if record is None:
+        return model
+    for override in record.overrides:
+        if not override.in_place():
+            raise RuntimeError(
+                f"chatterbox_fast.unpatch: {type(override.owner).__qualname__}.{override.name} "
+                "was replaced after patch(); undo that first"
+            )
+    undo_all(record.overrides)
+    delattr(model, _RECORD)
+    return model
+
+
+@contextmanager
+def patched(model: Model, **options: Any) -> Iterator[Model]:
+    """``with patched(model): ...``: patched within, afterwards what it was before."""
+    before = _record(model)
+    patch(model, **options)
+    try:
+        yield model
+    finally:
+        unpatch(model)
+        if before is not None:
+            _install(model, before.options)
+
+
+class Report(tuple[Row, ...]):
+    """The rows of report(); prints as a table."""
+
+    def __str__(self) -> str:
+        cells = [Row("site", "runs", "backend", "why"), *self]
+        widths = [max(len(row[i]) for row in cells) for i in range(3)]
+        return "\n".join(
+            "  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row.why]) for row in cells
+        )
+
+
+def report(model: Any) -> Report:
+    """What runs where in `model`: rows of (site, runs, backend, why). Prints as a table."""
+    record = _record(model)
+    if record is None:
+        return Report([Row("model", "stock", "torch", "not patched")])
+    ours = {(id(override.owner), override.name) for override in record.overrides}
+    rows: list[Row] = []
+    for site in sites_of(model, record.options):
+        if (id(site.owner), site.attribute) in ours:
+            rows.extend(site.describe())
+        else:
+            rows.append(Row(site.name, "not ours", "-", "was already replaced before patch()"))
+    return Report([*rows, *describe_switches(record.options)])
+
+
+def _record(model: Any) -> Record | None:
+    record: Record | None = getattr(model, "__dict__", {}).get(_RECORD)
+    return record
+
+
+def _install(model: Any, options: Options) -> None:
+    sites = sites_of(model, options)
+    overrides = [site.override(options) for site in sites if not site.taken()]
+    if not options.watermark:
+        overrides.append(watermark_override(model))
+    apply_all(overrides)
+    setattr(model, _RECORD, Record(options, overrides))
+    if options.strict:
+        _refuse_stock(model)
+
+
+def _refuse_stock(model: Any) -> None:
+    """Raises where report() shows a site left to stock; takes the patch out again first."""
+    for row in report(model):
+        if row.runs in ("stock", "not ours"):
+            unpatch(model)
+            raise RuntimeError(
+                f"chatterbox_fast.patch: strict=True, but {row.site} is left to stock: {row.why}"
+            )

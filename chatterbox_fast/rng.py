@@ -1,0 +1,115 @@
+"""Random numbers that belong to a request instead of to the process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_LIKE: Mapping[Callable[..., Tensor], Callable[..., Tensor]] = {
+    torch.randn_like: Tensor.normal_,
+    torch.rand_like: Tensor.uniform_,
+}
+_DRAWS = frozenset(
+    {
+        torch.rand,
+        torch.randn,
+        torch.randint,
+        torch.randperm,
+        torch.multinomial,
+        torch.bernoulli,
+        torch.normal,
+        Tensor.multinomial,
+        Tensor.bernoulli,
+        Tensor.bernoulli_,
+        Tensor.exponential_,
+        Tensor.normal_,
+        Tensor.random_,
+        Tensor.uniform_,
+    }
+)
+
+
+class Generators:
+    """A seeded generator for each device a request draws on.
+
+    ``Generators(seed, device)`` draws what ``torch.manual_seed(seed)`` would make torch's global
+    generators draw, without touching them: stock draws on the model's device and, for the source
+    phase, on the CPU.
+    """
+
+    def __init__(self, seed: int, device: torch.device | str) -> None:
+        kinds = {"cpu", torch.device(device).type}
+        self._by_device = {
+            kind: torch.Generator(device if kind != "cpu" else "cpu").manual_seed(seed)
+            for kind in kinds
+        }
+
+    def on(self, device: torch.device | str) -> torch.Generator:
+        """The generator for `device`.
+
+        Raises:
+            RuntimeError: the request was not set up to draw there.
+        """
+        kind = torch.device(device).type
+        if kind not in self._by_device:
+            raise RuntimeError(
+                f"chatterbox_fast: this request draws on {', '.join(sorted(self._by_device))}, "
+                f"but stock asked for random numbers on {kind}"
+            )
+        return self._by_device[kind]
+
+
+class DrawFrom(TorchFunctionMode):
+    """Within this context, this thread's torch calls draw from `generators`.
+
+    Calls that name a generator keep it. Other threads and torch's global generators are not
+    touched, which is what makes seeded requests independent of each other.
+    """
+
+    def __init__(self, generators: Generators) -> None:
+        super().__init__()
+        self.generators = generators
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _LIKE:
+            like = torch.empty_like(*args, **kwargs)
+            return _LIKE[func](like, generator=self.generators.on(like.device))
+        if func in _DRAWS and kwargs.get("generator") is None:
+            kwargs["generator"] = self.generators.on(_device_of(args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _device_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device:
+    """Where a random call draws: its tensor's device, the one it names, or torch's default."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value.device
+    named = kwargs.get("device")
+    return torch.device(named) if named is not None else torch.get_default_device()
+
+
+def check_seed(seed: object) -> int | None:
+    """`seed` as an int that `torch.manual_seed` takes, or None.
+
+    Raises:
+        TypeError: not an integer. ValueError: outside [-2**63, 2**64).
+    """
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"chatterbox_fast: seed must be an int or None, got {seed!r}")
+    number = int(seed.__index__())
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"chatterbox_fast: seed must be in [-2**63, 2**64), got {number}")
+    return number

@@ -1,0 +1,179 @@
+"""T3's parameters as plain tensors, and the check that a T3 is one we know."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+INFERENCE_PARAMETERS = frozenset(
+    "self t3_cond text_tokens initial_speech_tokens prepend_prompt_speech_tokens "
+    "num_return_sequences max_new_tokens stop_on_eos do_sample temperature top_p min_p "
+    "length_penalty repetition_penalty cfg_weight".split()
+)
+"""What stock's T3.inference takes, in the wheel 0.1.7 and at HEAD."""
+
+_PROJECTIONS = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+_STATIC_ROPE = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One Llama layer; projections are ``(out, in)``, norms ``(dim,)``."""
+
+    input_norm: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    post_norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class T3Weights:
+    """What a decode step reads. The tensors are the model's own: nothing is copied.
+
+    Gathered anew for every request, so that `.to()`, a dtype change or newly loaded weights are
+    seen by the next one.
+    """
+
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    eps: float
+    head: Tensor  # (V, dim)
+    speech_emb: Tensor  # (V, dim)
+    speech_pos: Tensor  # (positions, dim)
+    heads: int
+    head_dim: int
+    rotary: nn.Module
+
+    @classmethod
+    def of(cls, t3: Any) -> T3Weights:
+        """Gathers the weights of a T3 that `why_unsupported` has nothing against."""
+        tfmr = t3.tfmr
+        return cls(
+            layers=tuple(_layer(layer) for layer in tfmr.layers),
+            norm=tfmr.norm.weight,
+            eps=tfmr.norm.variance_epsilon,
+            head=t3.speech_head.weight,
+            speech_emb=t3.speech_emb.weight,
+            speech_pos=t3.speech_pos_emb.emb.weight,
+            heads=t3.cfg.num_attention_heads,
+            head_dim=_head_dim(t3.cfg),
+            rotary=tfmr.rotary_emb,
+        )
+
+    def rotary_table(self, positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin ``(positions, head_dim)``, computed by stock's own rotary module."""
+        index = torch.arange(positions, device=self.head.device)[None]
+        cos, sin = self.rotary(self.head, index)
+        return cos[0], sin[0]
+
+
+def _layer(layer: Any) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    return LayerWeights(
+        input_norm=layer.input_layernorm.weight,
+        q=attention.q_proj.weight,
+        k=attention.k_proj.weight,
+        v=attention.v_proj.weight,
+        o=attention.o_proj.weight,
+        post_norm=layer.post_attention_layernorm.weight,
+        gate=mlp.gate_proj.weight,
+        up=mlp.up_proj.weight,
+        down=mlp.down_proj.weight,
+    )
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def why_unsupported(t3: Any) -> str | None:
+    """The reason why this T3 must be left to stock, or None where the engine computes the same.
+
+    Checks what the module is, not which release it came from: its class, configuration, layer
+    types, shapes, dtype, devices and hooks.
+    """
+    if type(t3).__qualname__ != "T3" or not isinstance(t3, nn.Module):
+        return f"t3 is a {type(t3).__qualname__}, not Chatterbox's T3"
+    if t3.is_gpt:
+        return "no engine yet for the GPT-2 backbone of Turbo and Nano"
+    if t3.hp.is_multilingual and _has_alignment_analyzer(t3):
+        return "no engine yet for this release's multilingual alignment analysis"
+    return (
+        _why_not_inference(t3)
+        or _why_not_config(t3)
+        or _why_not_modules(t3)
+        or _why_not_tensors(t3)
+    )
+
+
+def _has_alignment_analyzer(t3: Any) -> bool:
+    module = inspect.getmodule(type(t3))
+    return hasattr(module, "AlignmentStreamAnalyzer")
+
+
+def _why_not_inference(t3: Any) -> str | None:
+    # The class's method, not the instance's attribute, which may be our own replacement.
+    parameters = frozenset(inspect.signature(type(t3).inference).parameters)
+    if parameters != INFERENCE_PARAMETERS:
+        odd = ", ".join(sorted(parameters ^ INFERENCE_PARAMETERS))
+        return f"T3.inference has another signature than the releases we know: {odd}"
+    return None
+
+
+def _why_not_config(t3: Any) -> str | None:
+    config, rotary = t3.cfg, getattr(t3.tfmr, "rotary_emb", None)
+    if type(t3.tfmr).__qualname__ != "LlamaModel" or rotary is None:
+        return f"the backbone is a {type(t3.tfmr).__qualname__}, not transformers' LlamaModel"
+    if config.hidden_act != "silu":
+        return f"hidden_act is {config.hidden_act!r}, not 'silu'"
+    if config.num_key_value_heads != config.num_attention_heads:
+        return "grouped-query attention is not Chatterbox's"
+    if rotary.rope_type not in _STATIC_ROPE:
+        return f"rotary type {rotary.rope_type!r} depends on the length"
+    if t3.speech_pos_emb is None or t3.hp.input_pos_emb != "learned":
+        return "the speech positions are not learned embeddings"
+    if t3.speech_head.bias is not None:
+        return "the speech head has a bias"
+    return None
+
+
+def _why_not_modules(t3: Any) -> str | None:
+    for number, layer in enumerate(t3.tfmr.layers):
+        for part, names in _PROJECTIONS.items():
+            for name in names:
+                projection = getattr(getattr(layer, part), name)
+                if type(projection) is not nn.Linear or projection.bias is not None:
+                    kind = type(projection).__qualname__
+                    return f"layer {number}'s {name} is a {kind}, not a Linear without bias"
+    watched = (t3.tfmr, t3.speech_head, t3.speech_emb, t3.speech_pos_emb)
+    for module in (child for root in watched for child in root.modules()):
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"a forward hook on a {type(module).__qualname__} would not be called"
+    return None
+
+
+def _why_not_tensors(t3: Any) -> str | None:
+    parameters = list(t3.parameters())
+    dtypes = {str(p.dtype) for p in parameters}
+    if not dtypes <= {"torch.float32"} and not dtypes <= {"torch.float64"}:
+        return f"T3's weights are {', '.join(sorted(dtypes))}; the exact engine takes float32"
+    devices = {str(p.device) for p in parameters}
+    if len(devices) != 1 or devices == {"meta"}:
+        return f"T3's weights are on {', '.join(sorted(devices))}; the engine takes one device"
+    width = t3.cfg.num_attention_heads * _head_dim(t3.cfg)
+    for number, layer in enumerate(t3.tfmr.layers):
+        if (shape := tuple(layer.self_attn.q_proj.weight.shape)) != (width, t3.dim):
+            return f"layer {number}'s q_proj is {shape}, not {(width, t3.dim)}"
+    return None
