@@ -1,8 +1,8 @@
 """chatterbox_fast: makes a stock Chatterbox TTS model fast, in place.
 
-    chatterbox_fast.patch(model)      # swap the engines in; returns model
-    chatterbox_fast.report(model)     # what runs where, and why
-    chatterbox_fast.unpatch(model)    # exactly what was there before
+chatterbox_fast.patch(model)      # swap the engines in; returns model
+chatterbox_fast.report(model)     # what runs where, and why
+chatterbox_fast.unpatch(model)    # exactly what was there before
 """
 
 from __future__ import annotations

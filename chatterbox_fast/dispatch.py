@@ -32,7 +32,7 @@ def requested_backend(option: Backend) -> Backend:
         return option
     for backend in get_args(Backend):
         if named == backend:
-            return backend  # type: ignore[no-any-return]
+            return backend
     raise ValueError(
         f"CHATTERBOX_FAST_BACKEND must be one of {', '.join(get_args(Backend))}, got {named!r}"
     )

@@ -30,9 +30,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         """Raises ValueError where a parameter is outside its range (NaN always is)."""
         _require("cfg_weight", self.cfg_weight, self.cfg_weight >= 0, ">= 0")
-        _require(
-            "repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "> 0"
-        )
+        _require("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "> 0")
         _require("temperature", self.temperature, self.temperature > 0, "> 0")
         _require("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
         _require("top_p", self.top_p, 0 <= self.top_p <= 1, "in [0, 1]")

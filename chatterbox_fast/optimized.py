@@ -14,7 +14,7 @@ from .request import current_request
 from .watermark import require_perth
 
 
-class OptimizedChatterboxTTS(ChatterboxTTS):  # type: ignore[misc]
+class OptimizedChatterboxTTS(ChatterboxTTS):
     """A `ChatterboxTTS` that is patched when it is made.
 
     The same as ``patch(ChatterboxTTS(...), compile=enable_compilation, precision="auto" if

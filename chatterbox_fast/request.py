@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ContextManager
+from typing import Any
 
 import torch
 
@@ -29,7 +29,7 @@ class Request:
         """The generator to hand to a torch call on `device`; None is torch's global one."""
         return None if self.generators is None else self.generators.on(device)
 
-    def drawing(self) -> ContextManager[Any]:
+    def drawing(self) -> AbstractContextManager[Any]:
         """A context in which code that names no generator draws from this request's."""
         return nullcontext() if self.generators is None else DrawFrom(self.generators)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -107,9 +108,9 @@ def check_seed(seed: object) -> int | None:
     """
     if seed is None:
         return None
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
         raise TypeError(f"chatterbox_fast: seed must be an int or None, got {seed!r}")
-    number = int(seed.__index__())
+    number = operator.index(seed)
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"chatterbox_fast: seed must be in [-2**63, 2**64), got {number}")
     return number

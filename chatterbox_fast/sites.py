@@ -152,7 +152,7 @@ def make_t3_inference(stock: Callable[..., Any], options: Options) -> Callable[.
 
     @functools.wraps(stock)
     def inference(self: Any, **arguments: Any) -> Any:
-        if self.training or why_unsupported(self) is not None:
+        if why_unsupported(self) is not None:
             return fallback(self, **arguments)
         return runner.inference(self, **arguments)
 

@@ -169,8 +169,8 @@ def _character_tokenizer() -> Any:
     tokenizers = import_module("tokenizers")
     special = ["[STOP]", "[UNK]", "[SPACE]", *(f"[{language}]" for language in _LANGUAGES)]
     symbols = [*special, *(chr(code) for code in range(33, 127))]
-    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
-    vocabulary["[START]"] = 255
+    symbols += [f"[unused {number}]" for number in range(len(symbols), 255)]
+    vocabulary = {symbol: number for number, symbol in enumerate([*symbols, "[START]"])}
     model = tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token="[UNK]")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.add_special_tokens([*special, "[START]"])
@@ -198,7 +198,7 @@ def _tokenizer(kind: Kind) -> Any:
         return tokenizer
 
 
-_LOGIT_SCALE = 9.0
+_LOGIT_SCALE = 8.0
 """Scale of the random head: about 3 nats of entropy at the default sampling parameters."""
 _GPT_PREFIX = 210
 """Positions before Turbo's first token: speaker, VOICE_PROMPT's tokens, a sentence, start."""

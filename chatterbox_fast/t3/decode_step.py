@@ -55,9 +55,7 @@ def _attention(
     hidden = reference.rms_norm(x, layer.input_norm, weights.eps)
     rows, length, _ = hidden.shape
     split = (rows, length, weights.heads, weights.head_dim)
-    q, k, v = (
-        F.linear(hidden, w).view(split).transpose(1, 2) for w in (layer.q, layer.k, layer.v)
-    )
+    q, k, v = (F.linear(hidden, w).view(split).transpose(1, 2) for w in (layer.q, layer.k, layer.v))
     out = attend(number, q, k, v)
     return F.linear(out.transpose(1, 2).reshape(rows, length, -1), layer.o)
 

@@ -21,9 +21,9 @@ def prefix_embeds(
     initial_speech_tokens: Tensor | None,
     cfg_weight: float,
 ) -> Tensor:
-    """For text ``(1, S)``, T3's input before the first token: ``(B, S, dim)``, B = 2 with CFG, else 1.
+    """T3's input before the first token: ``(B, S, dim)``, B = 2 with CFG, else 1.
 
-    Conditioning, text, and the start token twice, both at speech position 0: stock appends one
+    Conditioning, text ``(1, S)``, and the start token twice, both at speech position 0: stock appends one
     as `initial_speech_tokens` and one as `bos_embed`. With CFG, row 1 has its text embeddings
     zeroed before the text positions are added, so it keeps those and the conditioning.
     """

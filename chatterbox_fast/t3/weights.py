@@ -9,11 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-INFERENCE_PARAMETERS = frozenset(
-    "self t3_cond text_tokens initial_speech_tokens prepend_prompt_speech_tokens "
-    "num_return_sequences max_new_tokens stop_on_eos do_sample temperature top_p min_p "
-    "length_penalty repetition_penalty cfg_weight".split()
-)
+INFERENCE_PARAMETERS = {
+    "self",
+    "t3_cond",
+    "text_tokens",
+    "initial_speech_tokens",
+    "prepend_prompt_speech_tokens",
+    "num_return_sequences",
+    "max_new_tokens",
+    "stop_on_eos",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "min_p",
+    "length_penalty",
+    "repetition_penalty",
+    "cfg_weight",
+}
 """What stock's T3.inference takes, in the wheel 0.1.7 and at HEAD."""
 
 _PROJECTIONS = {
@@ -95,7 +107,9 @@ def _layer(layer: Any) -> LayerWeights:
 
 
 def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
 
 
 def why_unsupported(t3: Any) -> str | None:
@@ -106,6 +120,8 @@ def why_unsupported(t3: Any) -> str | None:
     """
     if type(t3).__qualname__ != "T3" or not isinstance(t3, nn.Module):
         return f"t3 is a {type(t3).__qualname__}, not Chatterbox's T3"
+    if t3.training:
+        return "the module is in training mode"
     if t3.is_gpt:
         return "no engine yet for the GPT-2 backbone of Turbo and Nano"
     if t3.hp.is_multilingual and _has_alignment_analyzer(t3):
@@ -125,7 +141,7 @@ def _has_alignment_analyzer(t3: Any) -> bool:
 
 def _why_not_inference(t3: Any) -> str | None:
     # The class's method, not the instance's attribute, which may be our own replacement.
-    parameters = frozenset(inspect.signature(type(t3).inference).parameters)
+    parameters = set(inspect.signature(type(t3).inference).parameters)
     if parameters != INFERENCE_PARAMETERS:
         odd = ", ".join(sorted(parameters ^ INFERENCE_PARAMETERS))
         return f"T3.inference has another signature than the releases we know: {odd}"
@@ -159,9 +175,15 @@ def _why_not_modules(t3: Any) -> str | None:
                     return f"layer {number}'s {name} is a {kind}, not a Linear without bias"
     watched = (t3.tfmr, t3.speech_head, t3.speech_emb, t3.speech_pos_emb)
     for module in (child for root in watched for child in root.modules()):
-        if module._forward_hooks or module._forward_pre_hooks:
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(not _belongs_to_transformers(hook) for hook in hooks):
             return f"a forward hook on a {type(module).__qualname__} would not be called"
     return None
+
+
+def _belongs_to_transformers(hook: Any) -> bool:
+    """transformers leaves hooks of its own on every layer to collect hidden states."""
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def _why_not_tensors(t3: Any) -> str | None:

@@ -1,0 +1,70 @@
+"""Fixtures: random models with a voice, built once a session, and a way to leave no trace."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ["TQDM_DISABLE"] = "1"
+
+import pytest
+import torch
+
+warnings.filterwarnings("ignore", message="chatterbox_fast: CUDA kernels not built")
+
+from chatterbox_fast.testing import VOICE_PROMPT, random_model, random_t3
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests need a GPU; full-size ones run only where `-m full_size` asks for them."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        asked = "full_size" in (item.config.getoption("-m") or "")
+        if item.get_closest_marker("full_size") and not asked:
+            item.add_marker(pytest.mark.skip(reason="minutes long: make test-full-size"))
+
+
+@pytest.fixture(scope="session")
+def _english() -> Any:
+    model = random_model("english", "tiny", stop_after=12)
+    model.prepare_conditionals(VOICE_PROMPT)
+    return model
+
+
+@pytest.fixture
+def english(_english: Any) -> Iterator[Any]:
+    """A tiny English model with a voice, unpatched. Fails the test that leaves it changed."""
+    model, conds = _english, _english.conds
+    dictionaries = instance_dictionaries(model)
+    yield model
+    model.conds = conds
+    assert instance_dictionaries(model) == dictionaries, "the test left the shared model changed"
+
+
+@pytest.fixture(scope="session")
+def t3() -> Any:
+    """A T3 of stock's width with four layers, which hardly ever stops by itself."""
+    return random_t3("english", "reduced")
+
+
+@pytest.fixture(scope="session")
+def t3_cond(_english: Any) -> Any:
+    """The conditioning of the shipped voice prompt, by stock."""
+    return _english.conds.t3
+
+
+def instance_dictionaries(model: Any) -> dict[str, dict[str, int]]:
+    """The instance dictionaries that patch() may touch: attribute -> identity of its value."""
+    owners = {"model": model, "t3": getattr(model, "t3", None), "s3gen": model.s3gen}
+    # patched_model and compiled are what stock's own T3.inference leaves behind.
+    own = {"patched_model", "compiled"}
+    return {
+        name: {k: id(v) for k, v in vars(owner).items() if k not in own}
+        for name, owner in owners.items()
+        if owner is not None
+    }

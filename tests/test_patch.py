@@ -1,0 +1,205 @@
+"""patch, unpatch, patched and report: what they touch, and that they give it back."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import instance_dictionaries
+
+import chatterbox_fast
+from chatterbox_fast import patch, patched, report, unpatch
+from chatterbox_fast.patch import Row
+from chatterbox_fast.testing import random_t3
+from chatterbox_fast.watermark import NoWatermark
+
+TEXT = "Hello there."
+
+
+def row(model: Any, site: str) -> Row:
+    return next(row for row in report(model) if row.site == site)
+
+
+def test_unpatch_gives_back_exactly_what_was_there(english: Any) -> None:
+    before = instance_dictionaries(english)
+    keys = list(english.t3.state_dict()), list(english.s3gen.state_dict())
+    for options in ({}, {"watermark": False, "progress": True, "precision": "exact"}):
+        assert patch(english, **options) is english
+        assert instance_dictionaries(english) != before
+        assert (list(english.t3.state_dict()), list(english.s3gen.state_dict())) == keys
+        english.generate(TEXT, seed=1)
+        assert unpatch(english) is english
+        assert instance_dictionaries(english) == before
+        assert list(vars(english)) == list(before["model"])
+    assert "generate" not in vars(english)
+
+
+def test_patching_twice_is_patching_once(english: Any) -> None:
+    before = instance_dictionaries(english)
+    patch(english)
+    once = instance_dictionaries(english)
+    patch(english)
+    assert instance_dictionaries(english) == once
+    unpatch(english)
+    assert instance_dictionaries(english) == before
+    assert unpatch(english) is english
+
+
+def test_other_options_replace_the_patch(english: Any) -> None:
+    stock = english.watermarker
+    patch(english, watermark=False)
+    assert isinstance(english.watermarker, NoWatermark)
+    patch(english)
+    assert english.watermarker is stock
+    unpatch(english)
+
+
+def test_patched_is_a_context(english: Any) -> None:
+    before = instance_dictionaries(english)
+    with pytest.raises(ZeroDivisionError), patched(english) as model:
+        assert model is english
+        assert row(model, "t3.inference").runs == "engine, exact"
+        _ = 1 / 0
+    assert instance_dictionaries(english) == before
+    patch(english, progress=True)
+    with patched(english, watermark=False):
+        assert row(english, "watermark").runs == "none"
+    assert row(english, "watermark").runs == "Perth (stock)"
+    assert english._chatterbox_fast.options.progress
+    unpatch(english)
+
+
+def test_a_second_model_is_not_touched(english: Any) -> None:
+    other = copy.copy(english)
+    other.t3 = random_t3("english", "tiny", seed=1)
+    before = instance_dictionaries(other)
+    classes = [dict(vars(type(o))) for o in (english, english.t3, english.s3gen)]
+    with patched(english, watermark=False):
+        assert instance_dictionaries(other)["model"] == before["model"]
+        assert instance_dictionaries(other)["t3"] == before["t3"]
+        assert [dict(vars(type(o))) for o in (english, english.t3, english.s3gen)] == classes
+        assert report(other)[0].why == "not patched"
+
+
+def test_a_deep_copy_runs_on_its_own_modules(english: Any) -> None:
+    conds = english.conds
+    with patched(english):
+        english.conds = None  # stock leaves an autograd graph on it, which cannot be copied
+        copied = copy.deepcopy(english)
+        copied.conds = english.conds = conds
+        assert copied.t3.inference.__self__ is copied.t3
+        assert copied.generate.__self__ is copied
+        expected = english.generate(TEXT, seed=4)
+        with torch.no_grad():
+            head = copied.t3.speech_head.weight
+            head[:6561] = head[:6561].flip(0)
+        assert not torch.equal(copied.generate(TEXT, seed=4)[:, :8000], expected[:, :8000])
+        assert torch.equal(english.generate(TEXT, seed=4), expected)
+    unpatch(copied)
+    assert "inference" not in vars(copied.t3)
+    assert "generate" not in vars(copied)
+
+
+def test_unknown_options_raise_and_change_nothing(english: Any) -> None:
+    before = instance_dictionaries(english)
+    with pytest.raises(TypeError, match="unknown option 'presicion'; the options are precision,"):
+        patch(english, presicion="exact")
+    with pytest.raises(ValueError, match="precision must be one of auto, exact, .*, got 'fp8'"):
+        patch(english, precision="fp8")
+    with pytest.raises(ValueError, match="backend must be one of auto, .*, got 'metal'"):
+        patch(english, backend="metal")
+    with pytest.raises(TypeError, match="watermark must be True or False, got 1"):
+        patch(english, watermark=1)
+    assert instance_dictionaries(english) == before
+
+
+def test_only_chatterbox_objects_are_taken() -> None:
+    with pytest.raises(TypeError, match="model must be a ChatterboxTTS, .*, got Linear"):
+        patch(torch.nn.Linear(1, 1))
+
+
+def test_strict_raises_and_leaves_the_model_as_it_was(english: Any) -> None:
+    before = instance_dictionaries(english)
+    with pytest.raises(RuntimeError, match="strict=True, but s3gen.inference is left to stock"):
+        patch(english, strict=True)
+    assert instance_dictionaries(english) == before
+    patch(english, progress=True)
+    with pytest.raises(RuntimeError, match="strict=True"):
+        patch(english, strict=True)
+    assert english._chatterbox_fast.options.progress, "the patch that was there is there again"
+    unpatch(english)
+
+
+def test_what_others_replaced_is_left_alone(english: Any) -> None:
+    own = english.t3.inference
+    english.t3.inference = own
+    try:
+        with patched(english):
+            assert row(english, "t3.inference").runs == "not ours"
+            assert english.t3.inference is own
+        assert vars(english.t3)["inference"] is own
+    finally:
+        del english.t3.inference
+
+
+def test_unpatch_refuses_to_remove_what_others_put_on_top(english: Any) -> None:
+    patch(english)
+    ours = english.t3.inference
+    english.t3.inference = lambda **arguments: ours(**arguments)
+    during = instance_dictionaries(english)
+    with pytest.raises(RuntimeError, match="T3.inference was replaced after patch"):
+        unpatch(english)
+    assert instance_dictionaries(english) == during
+    english.t3.inference = ours
+    unpatch(english)
+
+
+def test_changes_after_patching_are_noticed(english: Any) -> None:
+    t3 = english.t3
+    with patched(english):
+        first = english.generate(TEXT, seed=3)
+        head = t3.speech_head.weight.data.clone()
+        t3.speech_head.weight.data[:6561] = head[:6561].flip(0)
+        assert not torch.equal(english.generate(TEXT, seed=3), first)
+        t3.speech_head.weight.data = head
+        assert torch.equal(english.generate(TEXT, seed=3), first)
+        t3.half()
+        assert "weights are torch.float16" in row(english, "t3.inference").why
+        t3.float()
+        assert row(english, "t3.inference").runs == "engine, exact"
+        t3.train()
+        assert row(english, "t3.inference").why == "the module is in training mode"
+        t3.eval()
+
+
+def test_the_report_says_what_has_no_engine(english: Any) -> None:
+    assert [tuple(line) for line in report(english)] == [("model", "stock", "torch", "not patched")]
+    with patched(english, precision="bf16", compile=True, backend="cuda", watermark=False):
+        assert row(english, "precision=bf16").runs == "exact"
+        assert row(english, "compile=True").why == "torch.compile has no engine yet"
+        assert row(english, "s3gen.inference").runs == "stock"
+        assert row(english, "watermark").runs == "none"
+        sampler = row(english, "  cfg_sample")
+        assert sampler.backend == "reference"
+        assert sampler.why.startswith("cuda was asked for, but no cfg_sample kernel")
+        text = str(report(english))
+        assert text.splitlines()[0].split() == ["site", "runs", "backend", "why"]
+        assert len(text.splitlines()) == len(report(english)) + 1
+
+
+def test_the_environment_chooses_the_backend(english: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHATTERBOX_FAST_BACKEND", "reference")
+    with patched(english, backend="cuda"):
+        assert row(english, "  cfg_sample").why == "asked for"
+    monkeypatch.setenv("CHATTERBOX_FAST_BACKEND", "cpu")
+    with pytest.raises(ValueError, match="CHATTERBOX_FAST_BACKEND must be one of .*, got 'cpu'"):
+        patch(english)
+
+
+def test_public_names() -> None:
+    for name in chatterbox_fast.__all__:
+        assert getattr(chatterbox_fast, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = chatterbox_fast.nothing
