@@ -23,9 +23,9 @@ def prefix_embeds(
 ) -> Tensor:
     """T3's input before the first token: ``(B, S, dim)``, B = 2 with CFG, else 1.
 
-    Conditioning, text ``(1, S)``, and the start token twice, both at speech position 0: stock appends one
-    as `initial_speech_tokens` and one as `bos_embed`. With CFG, row 1 has its text embeddings
-    zeroed before the text positions are added, so it keeps those and the conditioning.
+    Conditioning, text ``(1, S)``, and the start token twice, both at speech position 0: stock
+    appends one as `initial_speech_tokens` and one as `bos_embed`. With CFG, row 1 has its text
+    embeddings zeroed before the text positions are added: it keeps those and the conditioning.
     """
     rows = 2 if cfg_weight > 0 else 1
     text = text_tokens.expand(rows, -1)

@@ -1,0 +1,1 @@
+"""Benchmarks. Raw results, one JSON per machine and date, are under bench/results."""

@@ -1,0 +1,87 @@
+"""chatterbox-fast say | demo | doctor, and README's tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+from chatterbox_fast import demo
+from chatterbox_fast.cli import main
+
+
+def test_demo_compares_and_writes_what_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "raw.json"
+    arguments = ["--size", "tiny", "--tokens", "9", "--seed", "4", "--device", "cpu"]
+    assert main(["demo", *arguments, "--out", str(tmp_path), "--json", str(raw)]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(raw.read_text())
+    assert "tokens equal: 10 of 10" in out
+    assert (result["token_count"], result["tokens_equal"]) == (10, 10)
+    assert (result["mel_difference"], result["audio_difference"]) == (0.0, 0.0)
+    assert result["weights"] == "random, tiny"
+    for stages in (result["stock_seconds"], result["patched_seconds"]):
+        assert tuple(stages) == demo.STAGES
+        assert all(seconds > 0 for seconds in stages.values())
+        assert sum(stages[s] for s in demo.STAGES[:-1]) <= stages["total"]
+    for name in ("stock", "patched"):
+        assert str(tmp_path / f"{name}.wav") in out
+        samples, rate = soundfile.read(tmp_path / f"{name}.wav")
+        assert (len(samples), rate) == (9 * 960, 24000)
+
+
+def test_demo_fails_where_tokens_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from chatterbox_fast import reference
+
+    def greedy(logits: torch.Tensor, seen: torch.Tensor, *_: object) -> tuple:
+        return logits[: len(seen)].argmax(-1), torch.zeros(len(seen), dtype=torch.bool)
+
+    monkeypatch.setattr(reference, "cfg_sample", greedy)
+    arguments = ["--size", "tiny", "--tokens", "9", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(["demo", *arguments]) == 1
+    assert "tokens equal: 10 of 10" not in capsys.readouterr().out
+
+
+def test_without_the_real_weights_random_ones_are_announced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = []
+    monkeypatch.setattr(demo, "random_model", lambda *args, **_: made.append(args))
+    _, weights = demo.load_model("cpu", 5)
+    assert weights == "random, full"
+    assert made == [("english", "full")]
+    assert "RANDOM WEIGHTS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["demo"], ["say", "Hello."]])
+def test_a_missing_voice_is_named(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--voice", "/no/such.wav"]) == 1
+    assert "--voice must be an audio file, got /no/such.wav" in capsys.readouterr().err
+
+
+def test_say_without_weights_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["say", "Hello.", "--device", "cpu"]) == 1
+    assert "chatterbox-fast: " in capsys.readouterr().err
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for name in ("torch", "chatterbox-tts", "Perth", "extension: cuda", "cfg_sample"):
+        assert name in out
+
+
+def test_readmes_tables_are_the_raw_results() -> None:
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-m", "bench.table", "--check"], cwd=root, check=False)
+    assert done.returncode == 0, "run: make tables"
+    assert "<!-- table:" in (root / "README.md").read_text()
