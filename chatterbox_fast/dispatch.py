@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from typing import NamedTuple, get_args
 
@@ -15,7 +17,10 @@ OPS = ("cfg_sample", "decode_attention")
 
 
 class Choice(NamedTuple):
-    """The implementation chosen for an op: its name, and the reason in a few words."""
+    """The implementation chosen for an op, and the reason in a few words.
+
+    `backend` is ``"extension"`` (the compiled op for the device), ``"triton"`` or ``"reference"``.
+    """
 
     backend: str
     reason: str
@@ -38,16 +43,50 @@ def requested_backend(option: Backend) -> Backend:
     )
 
 
-def choose(op: str, device: torch.device, option: Backend = "auto") -> Choice:
-    """Chooses the implementation of `op` on `device`.
+def choose(
+    op: str, device: torch.device, option: Backend = "auto", dtype: torch.dtype = torch.float32
+) -> Choice:
+    """Chooses the implementation of `op` on `device`: the extension, else Triton, else reference.
 
-    Only references have landed, so the answer is always the reference; the reason says whether
-    something else was asked for.
+    ``"cuda"`` and ``"triton"`` are preferences: where that one is not there, the next is taken.
     """
     wanted = requested_backend(option)
     if wanted == "reference":
         return Choice("reference", "asked for")
-    lacking = _ext.missing or f"no {op} kernel for {device.type} has landed yet"
-    if wanted == "auto":
-        return Choice("reference", lacking)
-    return Choice("reference", f"{wanted} was asked for, but {lacking}")
+    if dtype == torch.float64:
+        return Choice("reference", "float64 is computed by the reference alone")
+    order = [("triton", _why_no_triton), ("extension", _why_no_extension)]
+    if wanted != "triton":
+        order.reverse()
+    reasons = []
+    for backend, why_not in order:
+        if (reason := why_not(op, device)) is None:
+            return Choice(backend, "; ".join(reasons) or f"compiled for {device.type}")
+        reasons.append(reason)
+    return Choice("reference", "; ".join(reasons))
+
+
+def extension_has(op: str) -> bool:
+    """Whether the extension is loaded and declares `op`."""
+    return _ext.module is not None and hasattr(torch.ops.chatterbox_fast, op)
+
+
+@functools.cache
+def _why_no_extension(op: str, device: torch.device) -> str | None:
+    key = "CUDA" if device.type == "cuda" else "CPU"
+    if not extension_has(op):
+        return _ext.missing or f"the extension has no {op} yet"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"chatterbox_fast::{op}", key):
+        return _ext.missing or f"the extension has no {op} for {device.type}"
+    return None
+
+
+@functools.cache
+def _why_no_triton(op: str, device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec(f"chatterbox_fast.triton_kernels.{op}") is None:
+        return f"no Triton twin of {op} yet"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"triton does not run on {device.type}"
+    return None

@@ -1,12 +1,18 @@
-"""Public parameters of the ops, checked on the host with the names that users know."""
+"""The public ops: arguments checked with the names users know, the implementation chosen."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import dispatch, reference
+from .options import Backend
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,7 @@ class SamplingParams:
         temperature: > 0.
         min_p: in [0, 1]; 0 is none.
         top_p: in [0, 1]; 1 is none.
+        top_k: >= 0; 0 is none.
     """
 
     cfg_weight: float = 0.5
@@ -26,6 +33,7 @@ class SamplingParams:
     temperature: float = 0.8
     min_p: float = 0.05
     top_p: float = 1.0
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError where a parameter is outside its range (NaN always is)."""
@@ -34,11 +42,16 @@ class SamplingParams:
         _require("temperature", self.temperature, self.temperature > 0, "> 0")
         _require("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
         _require("top_p", self.top_p, 0 <= self.top_p <= 1, "in [0, 1]")
+        _require("top_k", self.top_k, self.top_k >= 0, ">= 0")
 
     def pack(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The row ``(1, 5)`` that ops read: cfg_weight, penalty, temperature, min_p, 1 - top_p.
+        """The row ``(1, 6)`` that ops read.
 
-        ``1 - top_p`` is taken in double and then rounded, as stock's comparison rounds it.
+        cfg_weight, repetition_penalty, temperature, min_p, 1 - top_p, top_k. ``1 - top_p`` is
+        taken in double and then rounded, as stock's comparison rounds it.
+
+        Args:
+            dtype: of the logits. The row is float64 for float64 logits, else float32.
         """
         row = [
             self.cfg_weight,
@@ -46,10 +59,145 @@ class SamplingParams:
             self.temperature,
             self.min_p,
             1 - self.top_p,
+            self.top_k,
         ]
-        return torch.tensor([row], dtype=dtype, device=device)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return torch.tensor([row], dtype=wide, device=device)
 
 
 def _require(name: str, value: float, ok: bool, must: str) -> None:
     if not (ok and math.isfinite(value)):
         raise ValueError(f"chatterbox_fast: {name} must be finite and {must}, got {value!r}")
+
+
+def cfg_sample(
+    logits: Tensor,
+    seen: Tensor,
+    params: Tensor,
+    flags: Tensor,
+    *,
+    stop_token: int,
+    stop_action: Tensor | None = None,
+    turbo: bool = False,
+    forget: int = -1,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    philox: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Draws one token a row: one launch, where the extension or Triton runs it.
+
+    Args:
+        logits, seen, params, flags, stop_token, stop_action, turbo, forget: see
+            `reference.cfg_sample`. `seen` and `flags` are updated in place.
+        generator: on a CPU, what to draw from: one for all rows, as ``torch.multinomial`` uses it,
+            or one a row; None is torch's global one. Not used where `philox` is given.
+        philox: ``(R, 2)`` int64 on the logits' device: each row's seed and offset of a CUDA
+            generator, advanced in place as torch would advance it (see `rng.PhiloxStream`).
+            Needed on CUDA, where it keeps the op free of the host.
+        backend: which implementation to prefer, see `dispatch.choose`.
+
+    Returns:
+        ``(R,)`` int64.
+
+    Raises:
+        RuntimeError: an argument of another shape, dtype or device than documented.
+    """
+    if philox is None and logits.is_cuda:
+        raise RuntimeError("chatterbox_fast::cfg_sample: philox must be given on CUDA, got None")
+    if philox is None and isinstance(generator, Sequence):
+        return _row_by_row(
+            logits, seen, params, flags, generator, stop_token=stop_token,
+            stop_action=stop_action, turbo=turbo, forget=forget, backend=backend,
+        )  # fmt: skip
+    choice = dispatch.choose("cfg_sample", logits.device, backend, logits.dtype)
+    threads = 0 if philox is None else philox_threads(seen.shape[1], logits.device)
+    rules = {"stop_token": stop_token, "turbo": turbo, "forget": forget}
+    if choice.backend == "extension":
+        return torch.ops.chatterbox_fast.cfg_sample.default(  # type: ignore[no-any-return]
+            logits, seen, params, flags, philox, stop_action, generator,
+            philox_threads=threads, **rules,
+        )  # fmt: skip
+    if choice.backend == "triton":
+        from .triton_kernels.cfg_sample import cfg_sample as twin
+
+        return twin(logits, seen, params, flags, philox, stop_action, threads, **rules)
+    noise = _noise(seen, params, generator, philox, threads)
+    return reference.cfg_sample(
+        logits, seen, params, flags, noise, stop_action=stop_action, **rules
+    )
+
+
+@functools.cache
+def philox_threads(vocabulary: int, device: torch.device) -> int:
+    """Threads that torch launches on `device` to draw `vocabulary` numbers.
+
+    On a CPU, as an unbounded GPU would: one thread a number.
+    """
+    if device.type != "cuda":
+        return reference.philox_threads(vocabulary, 2**31)
+    properties = torch.cuda.get_device_properties(device)
+    threads = properties.multi_processor_count * properties.max_threads_per_multi_processor
+    return reference.philox_threads(vocabulary, threads)
+
+
+def _noise(
+    seen: Tensor,
+    params: Tensor,
+    generator: torch.Generator | None,
+    philox: Tensor | None,
+    threads: int,
+) -> Tensor:
+    rows, vocabulary = seen.shape
+    if philox is None:
+        return reference.exponential(rows, vocabulary, params, generator)
+    noise = reference.philox_exponential(philox, vocabulary, threads).to(params.dtype)
+    philox[:, 1] += reference.philox_increment(vocabulary, threads)
+    return noise
+
+
+def _row_by_row(
+    logits: Tensor,
+    seen: Tensor,
+    params: Tensor,
+    flags: Tensor,
+    generators: Sequence[torch.Generator],
+    *,
+    stop_action: Tensor | None,
+    **rules: Any,
+) -> Tensor:
+    """Each row from its own generator; the rows of `seen` and `flags` are views."""
+    rows = seen.shape[0]
+    if len(generators) != rows:
+        raise RuntimeError(
+            f"chatterbox_fast::cfg_sample: generator must be one or {rows}, got {len(generators)}"
+        )
+    tokens = []
+    for r, generator in enumerate(generators):
+        one = slice(r, r + 1)
+        action = None if stop_action is None else stop_action[one]
+        token = cfg_sample(
+            logits[r::rows], seen[one], params[one], flags[one],
+            generator=generator, stop_action=action, **rules,
+        )  # fmt: skip
+        tokens.append(token)
+    return torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.long)
+
+
+if dispatch.extension_has("cfg_sample"):
+
+    @torch.library.register_fake("chatterbox_fast::cfg_sample")
+    def _(
+        logits: Tensor,
+        seen: Tensor,
+        params: Tensor,
+        flags: Tensor,
+        philox: Tensor | None = None,
+        stop_action: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        stop_token: int,
+        turbo: bool = False,
+        forget: int = -1,
+        philox_threads: int = 0,
+    ) -> Tensor:
+        return seen.new_empty(seen.shape[0], dtype=torch.long)

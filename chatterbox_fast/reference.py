@@ -10,41 +10,78 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+STOPPED, FAILED = 1, 2
+"""Bits of `cfg_sample`'s flags: the stop token was drawn; the row cannot be drawn from."""
+
+KEEP, SUPPRESS, FORCE = 0, 1, 2
+"""What `cfg_sample` does with a row's stop token: nothing, rule it out, rule out all others."""
+
+_RULED_OUT = float(2**15)
+
 
 def cfg_sample(
-    logits: Tensor, seen: Tensor, params: Tensor, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """Draws one token a row from logits, in the order of stock English T3.
+    logits: Tensor,
+    seen: Tensor,
+    params: Tensor,
+    flags: Tensor,
+    noise: Tensor,
+    *,
+    stop_token: int,
+    stop_action: Tensor | None = None,
+    turbo: bool = False,
+    forget: int = -1,
+) -> Tensor:
+    """Draws one token a row. Stock's chain, in English order or in Turbo's:
 
-    CFG ``c + w (c - u)`` -> repetition penalty -> temperature -> min-p -> top-p -> draw.
+    English: CFG -> stop action -> penalty -> temperature -> top-k -> min-p -> top-p -> draw.
+    Turbo:   CFG -> stop action -> temperature -> top-k -> min-p -> top-p -> penalty -> draw.
 
     Args:
         logits: ``(R, V)``, or ``(2R, V)`` with CFG: conditional rows first, then unconditional.
-        seen: ``(R, V)`` bool, the ids the repetition penalty applies to. Not changed here.
-        params: ``(R, 5)`` as `SamplingParams.pack` makes it, of the logits' dtype and device.
-        generator: what to draw from; None is torch's global one.
+            Half precision is computed in float32.
+        seen: ``(R, V)`` bool, the ids the repetition penalty applies to; the drawn id is added.
+        params: ``(R, 6)``, as `SamplingParams.pack` makes it.
+        flags: ``(R,)`` int32; the bits `STOPPED` and `FAILED` are added where they apply. A row is
+            `FAILED` where it has a NaN or no finite score; its token is 0 then and not added.
+        noise: ``(R, V)``, Exp(1); see `exponential` and `philox_exponential`.
+        stop_token: the id that ends a sequence.
+        stop_action: ``(R,)`` int32 of `KEEP`, `SUPPRESS`, `FORCE`; None keeps all.
+        turbo: Turbo's order.
+        forget: this id is taken out of `seen` after the draw; -1 is none. Turbo penalises the
+            start token on its first draw only.
 
     Returns:
-        token ``(R,)`` int64, and error ``(R,)`` bool: True where the row had a NaN or no finite
-        logit, and the token means nothing.
+        ``(R,)`` int64.
 
-    Equal to the processors of transformers (RepetitionPenalty, Temperature, MinP, TopP) followed
-    by ``torch.multinomial(softmax(scores), 1)``, which is ``argmax(p / q)`` with ``q ~ Exp(1)``:
-    the same token from the same generator state, and the same state after.
+    Equal to the processors of transformers (RepetitionPenalty, Temperature, TopK, MinP, TopP) in
+    that order, then ``torch.multinomial(softmax(scores), 1)``, which is ``argmax(p / q)`` with
+    ``q ~ Exp(1)``. Ties: top-k keeps all ids equal to the k-th; top-p removes the higher of two
+    equal ids first; the draw takes the lower.
     """
     rows = seen.shape[0]
-    cfg_weight, penalty, temperature, min_p, one_minus_top_p = params.split(1, dim=-1)
-    scores = logits[:rows]
+    cfg_weight, penalty, temperature, min_p, one_minus_top_p, top_k = params.split(1, dim=-1)
+    wide = logits.to(params.dtype)
+    scores = wide[:rows]
     if logits.shape[0] == 2 * rows:
-        scores = scores + cfg_weight * (scores - logits[rows:])
-    penalised = torch.where(scores < 0, scores * penalty, divide(scores, penalty))
-    scores = torch.where(seen, penalised, scores)
+        scores = scores + cfg_weight * (scores - wide[rows:])
+    if stop_action is not None:
+        scores = _act_on_stop(scores, stop_action[:, None], stop_token)
+    if not turbo:
+        scores = _penalise(scores, seen, penalty)
     scores = divide(scores, temperature)
+    scores = _keep_top_k(scores, top_k)
     scores = _keep_min_p(scores, min_p)
     scores = _keep_top_p(scores, one_minus_top_p)
+    if turbo:
+        scores = _penalise(scores, seen, penalty)
     probs = scores.softmax(dim=-1)
-    noise = torch.empty_like(probs).exponential_(1.0, generator=generator)
-    return (probs / noise).argmax(dim=-1), probs.isnan().any(dim=-1)
+    failed = probs.isnan().any(dim=-1)
+    token = (probs / noise).argmax(dim=-1).masked_fill(failed, 0)
+    flags |= FAILED * failed.int() + STOPPED * ((token == stop_token) & ~failed).int()
+    seen |= torch.zeros_like(seen).scatter(-1, token[:, None], ~failed[:, None])
+    if forget >= 0:
+        seen[:, forget] = False
+    return token
 
 
 def divide(x: Tensor, divisor: Tensor) -> Tensor:
@@ -55,6 +92,86 @@ def divide(x: Tensor, divisor: Tensor) -> Tensor:
     return x * divisor.reciprocal() if x.is_cuda else x / divisor
 
 
+def exponential(
+    rows: int, vocabulary: int, like: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """``(rows, vocabulary)`` Exp(1) noise, as ``torch.multinomial`` draws it from `generator`."""
+    noise = torch.empty(rows, vocabulary, dtype=like.dtype, device=like.device)
+    return noise.exponential_(1.0, generator=generator)
+
+
+def philox_exponential(philox: Tensor, vocabulary: int, threads: int) -> Tensor:
+    """What ``torch.empty(vocabulary, device="cuda").exponential_()`` draws, from counters.
+
+    Args:
+        philox: ``(R, 2)`` int64: each row's seed, and the offset of its generator. Unchanged.
+        vocabulary: V.
+        threads: threads of torch's launch: `philox_threads`.
+
+    Returns:
+        ``(R, V)`` float32. Element i is number ``i // threads % 4`` of the Philox block with
+        subsequence ``i % threads`` and counter ``offset / 4 + i // (4 threads)``
+        (torch: DistributionTemplates.h, calc_execution_policy and distribution kernel).
+    """
+    seed, offset = philox[:, :1], philox[:, 1:]
+    element = torch.arange(vocabulary, device=philox.device)
+    counter = offset // 4 + element // (4 * threads)
+    subsequence = (element % threads).expand_as(counter)
+    lanes = _philox4x32(seed.expand_as(counter), counter, subsequence)
+    lane = (element // threads % 4).expand_as(counter)
+    bits = torch.stack(lanes).gather(0, lane[None])[0].to(torch.float32)
+    uniform = bits * 2.0**-32 + 2.0**-33  # curand_uniform: (0, 1]
+    half_epsilon = torch.finfo(torch.float32).eps / 2
+    log = torch.where(uniform >= 1 - half_epsilon, -half_epsilon, uniform.log())
+    return -log
+
+
+def philox_threads(vocabulary: int, device_threads: int) -> int:
+    """Threads that torch launches to draw `vocabulary` numbers: whole blocks of 256.
+
+    Args:
+        device_threads: multiprocessors x threads per multiprocessor of the device.
+    """
+    return min(device_threads // 256, -(-vocabulary // 256)) * 256
+
+
+def philox_increment(vocabulary: int, threads: int) -> int:
+    """By how much drawing `vocabulary` numbers advances a CUDA generator's offset."""
+    return ((vocabulary - 1) // (4 * threads) + 1) * 4
+
+
+def _philox4x32(seed: Tensor, counter: Tensor, subsequence: Tensor) -> list[Tensor]:
+    """Philox4x32-10 on int64 tensors that hold 32-bit words."""
+    word = 0xFFFFFFFF
+    key = [seed & word, seed >> 32 & word]
+    c = [counter & word, counter >> 32 & word, subsequence & word, subsequence >> 32 & word]
+    for _ in range(10):
+        even, odd = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(odd >> 32 & word) ^ c[1] ^ key[0], odd & word,
+             (even >> 32 & word) ^ c[3] ^ key[1], even & word]  # fmt: skip
+        key = [key[0] + 0x9E3779B9 & word, key[1] + 0xBB67AE85 & word]
+    return c
+
+
+def _act_on_stop(scores: Tensor, action: Tensor, stop_token: int) -> Tensor:
+    is_stop = torch.arange(scores.shape[-1], device=scores.device) == stop_token
+    scores = scores.masked_fill((action == SUPPRESS) & is_stop, -_RULED_OUT)
+    forced = torch.where(is_stop, _RULED_OUT, -_RULED_OUT).to(scores.dtype)
+    return torch.where(action == FORCE, forced, scores)
+
+
+def _penalise(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    penalised = torch.where(scores < 0, scores * penalty, divide(scores, penalty))
+    return torch.where(seen, penalised, scores)
+
+
+def _keep_top_k(scores: Tensor, top_k: Tensor) -> Tensor:
+    """Removes ids below the k-th highest score; k = 0 keeps all."""
+    place = top_k.long().clamp(1, scores.shape[-1]) - 1
+    kth = scores.sort(dim=-1, descending=True).values.gather(-1, place)
+    return scores.masked_fill((top_k > 0) & (scores < kth), -float("inf"))
+
+
 def _keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
     """Removes ids less probable than `min_p` times the most probable one."""
     probs = scores.softmax(dim=-1)
@@ -62,11 +179,16 @@ def _keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
 
 
 def _keep_top_p(scores: Tensor, one_minus_top_p: Tensor) -> Tensor:
-    """Removes the least probable ids whose probabilities sum to at most 1 - top_p; one stays."""
-    ascending, order = scores.sort(dim=-1, descending=False)
+    """Removes the least probable ids whose probabilities sum to at most 1 - top_p; one stays.
+
+    top_p = 1 removes none, not even ids whose probability is 0: Turbo may still penalise others.
+    """
+    # Flipped, a stable sort puts the higher of two equal ids first.
+    ascending, order = scores.flip(-1).sort(dim=-1, stable=True)
     remove = ascending.softmax(dim=-1).cumsum(dim=-1) <= one_minus_top_p
+    remove &= one_minus_top_p > 0
     remove[..., -1:] = False
-    return scores.masked_fill(remove.scatter(-1, order, remove), -float("inf"))
+    return scores.masked_fill(remove.scatter(-1, order, remove).flip(-1), -float("inf"))
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from . import ops, reference
 
 _LIKE: Mapping[Callable[..., Tensor], Callable[..., Tensor]] = {
     torch.randn_like: Tensor.normal_,
@@ -98,6 +101,44 @@ def _device_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device
             return value.device
     named = kwargs.get("device")
     return torch.device(named) if named is not None else torch.get_default_device()
+
+
+class PhiloxStream:
+    """The random numbers of up to `draws` draws, taken from a CUDA generator, on the device.
+
+    The generator is moved past all of them at once, so that requests which share it draw from
+    different numbers; `close` moves it back to where the draws that were used leave it, unless
+    somebody else has drawn meanwhile.
+
+    Attributes:
+        state: ``(1, 2)`` int64 on the device, seed and offset; ops read and advance it.
+    """
+
+    _lock = Lock()
+
+    def __init__(
+        self, generator: torch.Generator | None, device: torch.device, vocabulary: int, draws: int
+    ) -> None:
+        self._generator = generator or torch.cuda.default_generators[device.index or 0]
+        threads = ops.philox_threads(vocabulary, device)
+        self._increment = reference.philox_increment(vocabulary, threads)
+        with self._lock:
+            self._start = self._generator.get_offset()
+            self._end = self._start + draws * self._increment
+            self._generator.set_offset(self._end)
+        row = [self._generator.initial_seed(), self._start]
+        self.state = torch.tensor([[_signed(word) for word in row]], device=device)
+
+    def close(self, used: int) -> None:
+        """Gives back the numbers that `used` draws did not need."""
+        with self._lock:
+            if self._generator.get_offset() == self._end:
+                self._generator.set_offset(self._start + used * self._increment)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of a 64-bit word."""
+    return word - 2**64 if word >= 2**63 else word
 
 
 def check_seed(seed: object) -> int | None:

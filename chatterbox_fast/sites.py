@@ -154,7 +154,7 @@ def make_t3_inference(stock: Callable[..., Any], options: Options) -> Callable[.
     def inference(self: Any, **arguments: Any) -> Any:
         if why_unsupported(self) is not None:
             return fallback(self, **arguments)
-        return runner.inference(self, **arguments)
+        return runner.inference(self, **arguments, backend=options.backend)
 
     return inference
 

@@ -3,6 +3,8 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(chatterbox_fast, library) {
-  // No op has landed yet: sampling and attention run through chatterbox_fast/reference.py.
-  (void)library;
+  library.def(
+      "cfg_sample(Tensor logits, Tensor(a!) seen, Tensor params, Tensor(b!) flags, "
+      "Tensor(c!)? philox=None, Tensor? stop_action=None, Generator? generator=None, *, "
+      "int stop_token, bool turbo=False, int forget=-1, int philox_threads=0) -> Tensor");
 }

@@ -1,8 +1,11 @@
-"""reference.cfg_sample against the very processors and the very draw that stock calls."""
+"""cfg_sample: every implementation against the very processors and the very draw that stock calls."""
 
 from __future__ import annotations
 
+import copy
 import math
+import random
+from typing import Any
 
 import pytest
 import torch
@@ -10,98 +13,301 @@ from torch import Tensor
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from chatterbox_fast import dispatch, ops, reference
 from chatterbox_fast.ops import SamplingParams
-from chatterbox_fast.reference import cfg_sample
+from chatterbox_fast.reference import FAILED, FORCE, KEEP, STOPPED, SUPPRESS
 
-VOCABULARY = 8194
-GRID = [
-    SamplingParams(),
-    SamplingParams(cfg_weight=0.3, temperature=1.3),
-    SamplingParams(cfg_weight=1.0, repetition_penalty=2.0),
-    SamplingParams(repetition_penalty=0.6),
-    SamplingParams(temperature=0.05),
-    SamplingParams(temperature=3.0, min_p=0.0),
-    SamplingParams(top_p=0.9),
-    SamplingParams(top_p=0.01, min_p=0.0),
-    SamplingParams(top_p=0.0),
-    SamplingParams(min_p=1.0),
-    SamplingParams(top_p=0.95, min_p=0.02, temperature=1.1, repetition_penalty=1.5),
-]
+VOCABULARY, TURBO_VOCABULARY, STOP = 8194, 6563, 6562
+CPU = torch.device("cpu")
+DEFAULT = SamplingParams()
+TURBO = SamplingParams(0.0, 1.2, 0.8, 0.0, 0.95, 1000)
+BACKENDS = ("cuda", "reference")
+"""As options name them: "cuda" is the extension, on a CPU its CPU op."""
 
 
-def stock_draw(logits: Tensor, ids: Tensor, p: SamplingParams, generator: torch.Generator) -> int:
-    """The body of stock's loop, T3.inference, from logits to token."""
-    cond, uncond = logits[0:1], logits[1:2]
-    cfg = torch.as_tensor(p.cfg_weight, dtype=cond.dtype)
-    scores = cond + cfg * (cond - uncond)
-    scores = RepetitionPenaltyLogitsProcessor(penalty=float(p.repetition_penalty))(ids, scores)
-    if p.temperature != 1.0:
-        scores = scores / p.temperature
+def stock_scores(logits: Tensor, ids: Tensor, p: SamplingParams, turbo: bool = False) -> Tensor:
+    """The processors of T3.inference and of T3.inference_turbo, in their order."""
+    scores = logits[0:1]
+    if len(logits) == 2:
+        cfg = torch.as_tensor(p.cfg_weight, dtype=scores.dtype)
+        scores = scores + cfg * (scores - logits[1:2])
+    penalise = RepetitionPenaltyLogitsProcessor(penalty=float(p.repetition_penalty))
+    if not turbo:
+        scores = penalise(ids, scores)
+    scores = TemperatureLogitsWarper(float(p.temperature))(ids, scores)
+    if p.top_k > 0:
+        scores = TopKLogitsWarper(p.top_k)(ids, scores)
     scores = MinPLogitsWarper(min_p=p.min_p)(ids, scores)
     scores = TopPLogitsWarper(top_p=p.top_p)(ids, scores)
+    return penalise(ids, scores) if turbo else scores
+
+
+def stock_draw(scores: Tensor, generator: torch.Generator) -> int:
     probs = torch.softmax(scores, dim=-1)
     return int(torch.multinomial(probs, num_samples=1, generator=generator))
 
 
-def seen_of(ids: Tensor) -> Tensor:
-    return torch.zeros(1, VOCABULARY, dtype=torch.bool).index_fill_(1, ids[0], True)
+class Case:
+    """One row: logits, ids seen, parameters; and what a call of the op leaves behind."""
+
+    def __init__(self, logits: Tensor, ids: Tensor, p: SamplingParams, **rules: Any) -> None:
+        self.logits, self.ids, self.p = logits, ids, p
+        self.rules = {"stop_token": STOP, **rules}
+        self.seen = torch.zeros(1, logits.shape[1], dtype=torch.bool).index_fill_(1, ids[0], True)
+        self.flags = torch.zeros(1, dtype=torch.int32)
+
+    def draw(self, backend: Any, **source: Any) -> int:
+        params = self.p.pack(self.logits.dtype, CPU)
+        arguments = (self.logits, self.seen, params, self.flags)
+        token = ops.cfg_sample(*arguments, backend=backend, **self.rules, **source)
+        assert token.shape == (1,)
+        assert token.dtype == torch.long
+        return int(token)
 
 
-def our_draw(logits: Tensor, seen: Tensor, p: SamplingParams, generator: torch.Generator) -> int:
-    params = p.pack(logits.dtype, logits.device)
-    token, failed = cfg_sample(logits, seen, params, generator)
-    assert token.shape == failed.shape == (1,)
-    assert not failed.any()
-    return int(token)
+def random_case(source: random.Random, turbo: bool = False) -> Case:
+    """Random logits, ids and parameters; the likeliest ids are among those seen."""
+    generator = torch.Generator().manual_seed(source.getrandbits(48))
+    vocabulary = TURBO_VOCABULARY if turbo else VOCABULARY
+    logits = torch.randn(1 if turbo else 2, vocabulary, generator=generator)
+    logits *= source.choice([1.0, 3.0, 6.0])
+    often = logits[0].topk(10).indices
+    ids = torch.cat([often, torch.randint(0, vocabulary, (30,), generator=generator)])[None]
+    p = SamplingParams(
+        cfg_weight=source.uniform(0, 1.5),
+        repetition_penalty=source.choice([1.0, 1.2, 2.0, 0.7]),
+        temperature=source.choice([0.02, 0.5, 0.8, 1.0, 1.5, 3.0]),
+        min_p=source.choice([0.0, 0.02, 0.05, 0.3, 0.999, 1.0]),
+        top_p=source.choice([1.0, 1.0, 0.95, 0.8, 0.3, 1e-6, 0.0]),
+        top_k=source.choice([0, 0, 1, 50, 1000, vocabulary, 10**5]),
+    )
+    return Case(logits, ids, p, turbo=turbo)
 
 
-@pytest.mark.parametrize("params", GRID, ids=str)
-def test_draws_are_stocks(params: SamplingParams) -> None:
-    source = torch.Generator().manual_seed(11)
+@pytest.mark.parametrize("turbo", [False, True])
+@pytest.mark.parametrize(("backend", "draws"), [("cuda", 5000), ("reference", 500)])
+def test_random_draws_are_stocks(backend: str, draws: int, turbo: bool) -> None:
+    """Id for id, from one generator that both go through; 10,000 draws by the CPU op in all."""
+    source = random.Random(turbo)
     ours, stocks = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
     different = set()
-    for _ in range(120):
-        logits = torch.randn(2, VOCABULARY, generator=source) * 4.0
-        # The likeliest ids are among those seen, so that the penalty matters.
-        ids = torch.cat([logits.topk(20).indices[0], torch.randint(0, 8194, (40,))])[None]
-        expected = stock_draw(logits, ids, params, stocks)
-        assert our_draw(logits, seen_of(ids), params, ours) == expected
-        different.add(expected)
+    for number in range(draws):
+        case = random_case(source, turbo)
+        expected = stock_draw(stock_scores(case.logits, case.ids, case.p, turbo), stocks)
+        got = case.draw(backend, generator=ours)
+        assert got == expected, (number, case.p)
+        assert case.seen[0, got]
+        assert int(case.flags) == (STOPPED if got == STOP else 0)
+        different.add(got)
     assert torch.equal(ours.get_state(), stocks.get_state())
-    assert len(different) > 60
+    assert len(different) > draws / 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_finite_logit(dtype: torch.dtype) -> None:
-    logits = torch.full((2, VOCABULARY), -math.inf, dtype=dtype)
-    logits[:, 77] = 1.0
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_float64_row(backend: Any) -> None:
+    case = random_case(random.Random(3))
+    case.logits = case.logits.double()
+    scores = stock_scores(case.logits, case.ids, case.p)
+    expected = stock_draw(scores, torch.Generator().manual_seed(1))
+    assert case.draw(backend, generator=torch.Generator().manual_seed(1)) == expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(backend: Any, dtype: torch.dtype) -> None:
+    logits = (torch.randn(2, VOCABULARY, generator=torch.Generator().manual_seed(2)) * 3).to(dtype)
+    ids = torch.tensor([[3, 4]])
+    for seed in range(20):
+        one, two = (torch.Generator().manual_seed(seed) for _ in range(2))
+        half, wide = Case(logits, ids, DEFAULT), Case(logits.float(), ids, DEFAULT)
+        assert half.draw(backend, generator=one) == wide.draw("reference", generator=two)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("action", "at_top", "expected"),
+    [(KEEP, True, STOP), (SUPPRESS, True, 7), (FORCE, False, STOP), (KEEP, False, 7)],
+)
+def test_the_stop_action(backend: Any, action: int, at_top: bool, expected: int) -> None:
+    logits = torch.zeros(2, VOCABULARY)
+    logits[:, 7], logits[:, STOP] = 50.0, 90.0 if at_top else -90.0
+    case = Case(logits, torch.tensor([[1]]), DEFAULT)
+    case.rules["stop_action"] = torch.tensor([action], dtype=torch.int32)
+    assert case.draw(backend) == expected
+    assert int(case.flags) == (STOPPED if expected == STOP else 0)
+
+
+def test_the_stop_action_is_the_multilingual_analysers() -> None:
+    """The wheel's AlignmentStreamAnalyzer writes -2**15 and 2**15 on the CFG logits."""
+    scores = torch.randn(1, 50) * 5
+    suppressed = scores.clone()
+    suppressed[..., 9] = -(2**15)
+    forced = -(2**15) * torch.ones_like(scores)
+    forced[..., 9] = 2**15
+    for action, expected in ((KEEP, scores), (SUPPRESS, suppressed), (FORCE, forced)):
+        got = reference._act_on_stop(scores, torch.tensor([[action]]), 9)
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_turbo_forgets_the_start_token(backend: Any) -> None:
+    case = Case(torch.randn(1, TURBO_VOCABULARY), torch.tensor([[6561]]), TURBO, turbo=True)
+    case.rules["forget"] = 6561
+    token = case.draw(backend)
+    assert case.seen[0].nonzero().flatten().tolist() == [token]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_finite_logit(backend: Any) -> None:
+    logits = torch.full((2, VOCABULARY), -math.inf)
     logits[1] = 0.0
-    seen = torch.zeros(1, VOCABULARY, dtype=torch.bool)
-    assert our_draw(logits, seen, SamplingParams(), torch.Generator()) == 77
+    logits[:, 77] = 1.0
+    assert Case(logits, torch.tensor([[77]]), DEFAULT).draw(backend) == 77
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_rows_that_cannot_be_drawn_from_are_flagged(bad: float) -> None:
+def test_rows_that_cannot_be_drawn_from_are_flagged(backend: Any, bad: float) -> None:
     logits = torch.zeros(1, VOCABULARY)
+    logits[0, 5] = bad
     if bad == -math.inf:
         logits[:] = bad
-    else:
-        logits[0, 5] = bad
-    seen = torch.zeros(1, VOCABULARY, dtype=torch.bool)
-    _, failed = cfg_sample(logits, seen, SamplingParams(0.0).pack(logits.dtype, logits.device))
-    assert failed.tolist() == [True]
+    case = Case(logits, torch.tensor([[3]]), SamplingParams(0.0))
+    assert case.draw(backend) == 0
+    assert int(case.flags) == FAILED
+    assert case.seen[0].nonzero().flatten().tolist() == [3]
 
 
-def test_the_row_without_cfg_is_used_alone() -> None:
-    logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(1)) * 4
-    seen, params = torch.zeros(1, VOCABULARY, dtype=torch.bool), SamplingParams(cfg_weight=0.0)
-    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
-    one = our_draw(logits, seen, params, generators[0])
-    two = our_draw(torch.cat([logits, logits + 1]), seen, params, generators[1])
-    assert one == two
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ties(backend: Any) -> None:
+    """Of equal ids top-k keeps all, top-p removes the higher first, min-p 1 keeps all."""
+    logits = torch.full((1, 100), -20.0)
+    logits[0, [10, 20, 30, 40]] = 1.0
+
+    def drawn(p: SamplingParams) -> set[int]:
+        source = torch.Generator().manual_seed(1)
+        rules = {"stop_token": 99}
+        cases = [Case(logits, torch.tensor([[0]]), p, **rules) for _ in range(80)]
+        return {case.draw(backend, generator=source) for case in cases}
+
+    assert drawn(SamplingParams(0, 1, 1, 0.0, 1.0, 2)) == {10, 20, 30, 40}
+    assert drawn(SamplingParams(0, 1, 1, 1.0, 1.0, 0)) == {10, 20, 30, 40}
+    assert drawn(SamplingParams(0, 1, 1, 0.0, 0.6, 0)) == {10, 20, 30}
+    assert drawn(SamplingParams(0, 1, 1, 0.0, 0.4, 0)) == {10, 20}
+    assert drawn(SamplingParams(0, 1, 1, 0.0, 0.0, 0)) == {10}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_rows_draw_from_their_own_generator(backend: Any, rows: int) -> None:
+    source = torch.Generator().manual_seed(rows)
+    logits = torch.randn(2 * rows, VOCABULARY, generator=source) * 3
+    p = [SamplingParams(temperature=0.5 + row / rows) for row in range(rows)]
+    seen = torch.rand(rows, VOCABULARY, generator=source) < 0.01
+    generators = [torch.Generator().manual_seed(100 + row) for row in range(rows)]
+    expected = []
+    for row, generator in enumerate(copy_of(generators)):
+        ids = seen[row].nonzero().T
+        pair = torch.stack([logits[row], logits[rows + row]])
+        expected.append(stock_draw(stock_scores(pair, ids, p[row]), generator))
+    params = torch.cat([one.pack(torch.float32, CPU) for one in p])
+    flags = torch.zeros(rows, dtype=torch.int32)
+    before = seen.clone()
+    token = ops.cfg_sample(
+        logits, seen, params, flags, stop_token=STOP, generator=generators, backend=backend
+    )
+    assert token.tolist() == expected
+    before[range(rows), expected] = True
+    assert torch.equal(seen, before)
+
+
+def copy_of(generators: list[torch.Generator]) -> list[torch.Generator]:
+    return [torch.Generator().set_state(g.get_state()) for g in generators]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_generator_for_all_rows_is_multinomials(backend: Any) -> None:
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(1))
+    seen, flags = torch.zeros(5, 300, dtype=torch.bool), torch.zeros(5, dtype=torch.int32)
+    p = SamplingParams(0, 1.0, 1.0, 0.0, 1.0)
+    params = p.pack(torch.float32, CPU).repeat(5, 1)
+    ours, stocks = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    expected = torch.multinomial(logits.softmax(-1), 1, generator=stocks)[:, 0]
+    token = ops.cfg_sample(
+        logits, seen, params, flags, stop_token=9, generator=ours, backend=backend
+    )
+    assert torch.equal(token, expected)
+    assert torch.equal(ours.get_state(), stocks.get_state())
+
+
+# ---- torch's CUDA random numbers
+
+
+def test_philox_is_torchs_recorded_stream() -> None:
+    """torch.manual_seed(0); torch.rand(5, device="cuda"), as torch prints it on any GPU."""
+    noise = reference.philox_exponential(torch.tensor([[0, 0]]), 5, 256)
+    recorded = torch.tensor([[0.3990, 0.5167, 0.0249, 0.9401, 0.9459]])
+    assert torch.allclose((-noise).exp(), recorded, atol=5e-5)
+
+
+def test_philox_layout_of_a_launch_smaller_than_the_tensor() -> None:
+    """30720 threads for 65536 elements (a GPU of 30 x 1024): lanes y and z of the same block."""
+    philox = torch.tensor([[7, 8]])
+    few = reference.philox_exponential(philox, 65536, 30720)
+    many = reference.philox_exponential(philox, 65536, 65536)
+    assert torch.equal(few[:, :30720], many[:, :30720])
+    assert not torch.equal(few[:, 30720:], many[:, 30720:])
+    assert reference.philox_threads(65536, 30 * 1024) == 30720
+    assert reference.philox_threads(8194, 132 * 2048) == 8448
+    assert reference.philox_increment(8194, 8448) == 4
+    assert reference.philox_increment(65536, 8192) == 8
+
+
+def test_every_backend_draws_the_same_from_philox_counters() -> None:
+    source = random.Random(9)
+    for number in range(200):
+        case = random_case(source, turbo=bool(number % 2))
+        state = torch.tensor([[source.getrandbits(62), 4 * source.getrandbits(20)]])
+        results = []
+        for backend in BACKENDS:
+            own, philox = copy.deepcopy(case), state.clone()
+            token = own.draw(backend, philox=philox)
+            results.append((token, philox.tolist(), own.seen.sum().item(), own.flags.tolist()))
+            assert philox[0, 1] == state[0, 1] + 4
+        assert results[0] == results[1], case.p
+
+
+# ---- statistics
+
+
+def test_frequencies_and_support() -> None:
+    """Chi-squared over 20,000 draws; no id outside stock's support; none that is likely is missing."""
+    source = torch.Generator().manual_seed(12)
+    logits = torch.randn(2, 400, generator=source) * 2
+    ids = torch.tensor([[3, 5]])
+    p = SamplingParams(0.5, 1.2, 1.0, 0.01, 0.97)
+    probs = stock_scores(logits, ids, p).softmax(-1)[0].double()
+    draws = 20_000
+    counts = torch.zeros(400, dtype=torch.double)
+    for _ in range(draws):
+        case = Case(logits, ids, p, stop_token=399)
+        counts[case.draw("cuda", generator=source)] += 1
+    assert ((counts > 0) <= (probs > 0)).all(), "an id that stock rules out was drawn"
+    expected = probs * draws
+    assert (counts[expected >= 64] > 0).all()
+    likely = expected >= 8
+    observed, wanted = counts[likely], expected[likely]
+    chi_squared = float(((observed - wanted) ** 2 / wanted).sum())
+    freedom = int(likely.sum()) - 1
+    assert abs(chi_squared - freedom) < 4 * math.sqrt(2 * freedom)
+
+
+# ---- arguments
 
 
 @pytest.mark.parametrize(
@@ -117,6 +323,7 @@ def test_the_row_without_cfg_is_used_alone() -> None:
         ("min_p", -0.1),
         ("top_p", 1.5),
         ("top_p", math.nan),
+        ("top_k", -1),
     ],
 )
 def test_parameters_out_of_range_are_named(name: str, value: float) -> None:
@@ -125,6 +332,113 @@ def test_parameters_out_of_range_are_named(name: str, value: float) -> None:
 
 
 def test_one_minus_top_p_is_rounded_from_double() -> None:
-    packed = SamplingParams(top_p=0.9).pack(torch.float32, torch.device("cpu"))
+    packed = SamplingParams(top_p=0.9).pack(torch.float32, CPU)
     assert packed[0, 4] == torch.tensor(1 - 0.9, dtype=torch.float32)
     assert packed[0, 4] != 1 - torch.tensor(0.9)
+
+
+@pytest.fixture
+def arguments() -> dict[str, Any]:
+    return {
+        "logits": torch.zeros(4, 10),
+        "seen": torch.zeros(2, 10, dtype=torch.bool),
+        "params": DEFAULT.pack(torch.float32, CPU).repeat(2, 1),
+        "flags": torch.zeros(2, dtype=torch.int32),
+        "philox": torch.zeros(2, 2, dtype=torch.long),
+        "stop_token": 9,
+        "philox_threads": 256,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"logits": torch.zeros(3, 10)},
+            r"logits must be \(2 or 4, 10\) as seen is, got \[3, 10\]",
+        ),
+        ({"logits": torch.zeros(4, 11)}, r"logits must be .*, got \[4, 11\]"),
+        ({"logits": torch.zeros(4, 10).double()}, "logits must be float32, float16 or bfloat16"),
+        ({"logits": torch.zeros(10, 4).T}, "logits must be contiguous, got strides"),
+        ({"seen": torch.zeros(2, 10)}, "seen must be Bool, got Float"),
+        ({"seen": torch.zeros(65, 10, dtype=torch.bool)}, "R at most 64"),
+        ({"params": torch.zeros(2, 5)}, r"params must be \(2, 6\), got \[2, 5\]"),
+        ({"params": torch.zeros(2, 6).double()}, "params must be Float, got Double"),
+        ({"flags": torch.zeros(3, dtype=torch.int32)}, r"flags must be \(2,\), got \[3\]"),
+        ({"flags": torch.zeros(2)}, "flags must be Int, got Float"),
+        ({"flags": torch.zeros(2, dtype=torch.int32, device="meta")}, "must be on cpu"),
+        ({"philox": torch.zeros(2, 3, dtype=torch.long)}, r"philox must be \(2, 2\), got \[2, 3\]"),
+        ({"philox": torch.zeros(2, 2)}, "philox must be Long, got Float"),
+        ({"philox_threads": 100}, "philox_threads must be a positive multiple of 256"),
+        ({"stop_action": torch.zeros(2)}, "stop_action must be Int, got Float"),
+        ({"stop_action": torch.zeros(1, dtype=torch.int32)}, r"stop_action must be \(2,\)"),
+        ({"stop_token": 10}, r"stop_token must be in \[0, 10\), got 10"),
+        ({"forget": 10}, r"forget must be -1 or in \[0, 10\), got 10"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict, change: dict, message: str) -> None:
+    with pytest.raises(RuntimeError, match=f"chatterbox_fast::cfg_sample: .*{message}"):
+        torch.ops.chatterbox_fast.cfg_sample(**{**arguments, **change})
+
+
+def test_an_empty_batch_is_an_empty_result() -> None:
+    token = ops.cfg_sample(
+        torch.zeros(0, 10), torch.zeros(0, 10, dtype=torch.bool), torch.zeros(0, 6),
+        torch.zeros(0, dtype=torch.int32), stop_token=1, generator=[],
+    )  # fmt: skip
+    assert token.shape == (0,)
+
+
+def test_as_many_generators_as_rows() -> None:
+    case = Case(torch.zeros(1, 10), torch.tensor([[0]]), DEFAULT, stop_token=1)
+    with pytest.raises(RuntimeError, match="generator must be one or 1, got 2"):
+        case.draw("auto", generator=[torch.Generator(), torch.Generator()])
+
+
+# ---- the op as torch sees it
+
+
+def test_the_extension_is_what_a_cpu_runs() -> None:
+    assert dispatch.choose("cfg_sample", CPU).backend == "extension"
+    assert dispatch.choose("cfg_sample", CPU, "reference") == ("reference", "asked for")
+    assert dispatch.choose("cfg_sample", CPU, "auto", torch.float64).backend == "reference"
+
+
+def test_opcheck(arguments: dict) -> None:
+    torch.library.opcheck(torch.ops.chatterbox_fast.cfg_sample.default, (), arguments)
+    arguments["stop_action"] = torch.zeros(2, dtype=torch.int32)
+    torch.library.opcheck(torch.ops.chatterbox_fast.cfg_sample.default, (), arguments)
+
+
+def test_compiles_as_one_graph(arguments: dict) -> None:
+    def call(**kwargs: Any) -> Tensor:
+        return torch.ops.chatterbox_fast.cfg_sample(**kwargs) + 1
+
+    arguments["logits"] = torch.randn(4, 10)
+    expected = call(**copy.deepcopy(arguments))
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**copy.deepcopy(arguments)), expected)
+
+
+def test_one_dispatched_op_and_one_allocation(arguments: dict) -> None:
+    """No read on the host, no buffer beyond the token: what the dispatcher sees of a call."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen_ops = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen_ops.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.ops.chatterbox_fast.cfg_sample(**arguments)
+    assert seen_ops == ["chatterbox_fast.cfg_sample.default"]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        torch.ops.chatterbox_fast.cfg_sample(**arguments)
+    inside = [event.name for event in profile.events()]
+    assert [name for name in inside if "empty" in name or "_local_scalar" in name] == [
+        "aten::empty"
+    ]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import ops, reference
 from .state import DecodeState
 from .weights import LayerWeights, T3Weights
 
@@ -76,11 +76,11 @@ def draw_token(
 
     The token drawn as number i enters the next step as ``speech_emb[token] + speech_pos[i + 1]``.
     """
-    token, failed = reference.cfg_sample(logits, state.seen, state.params, generator)
+    token = ops.cfg_sample(
+        logits, state.seen, state.params, state.flags, stop_token=state.stop_token,
+        generator=generator, philox=state.philox, backend=state.backend,
+    )  # fmt: skip
     state.tokens.index_copy_(1, state.count, token[:, None])
-    state.seen.scatter_(1, token[:, None], True)
-    state.stopped |= token == state.stop_token
-    state.failed |= failed
     state.count += 1
     embedding = weights.speech_emb[token] + weights.speech_pos.index_select(0, state.count)
     state.embedding.copy_(embedding.expand(state.embedding.shape[0], -1)[:, None])

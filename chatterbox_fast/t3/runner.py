@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import reference
 from ..ops import SamplingParams
+from ..options import Backend
 from ..request import current_request
+from ..rng import PhiloxStream
 from .decode_step import decode_step, draw_token
 from .prefill import prefill, prefix_embeds
 from .state import CAPACITIES, DecodeState
@@ -34,6 +37,7 @@ def inference(
     length_penalty: float = 1.0,
     repetition_penalty: float = 1.2,
     cfg_weight: float = 0.5,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Speech tokens for a text; stock's ``T3.inference`` with a static KV cache.
 
@@ -45,6 +49,7 @@ def inference(
         initial_speech_tokens: ``(B, n)`` ints in place of one start token.
         max_new_tokens: at most this many tokens; None is the model's own maximum.
         temperature, top_p, min_p, repetition_penalty, cfg_weight: see `SamplingParams`.
+        backend: which implementation of the ops to prefer.
         num_return_sequences, stop_on_eos, do_sample, length_penalty: ignored, as in stock.
 
     Returns:
@@ -71,6 +76,9 @@ def inference(
             f"chatterbox_fast: max_new_tokens must be at most {CAPACITIES[-1] - prefix} after "
             f"{prefix} positions of conditioning and text, got {limit}"
         )
+    generator, stream = current_request().generator(embeds.device), None
+    if embeds.is_cuda:
+        stream = PhiloxStream(generator, embeds.device, weights.head.shape[0], limit)
     state = DecodeState.allocate(
         weights,
         sampling,
@@ -79,10 +87,16 @@ def inference(
         max_new_tokens=limit,
         start_token=t3.hp.start_speech_token,
         stop_token=t3.hp.stop_speech_token,
+        philox=None if stream is None else stream.state,
+        backend=backend,
     )
-    generator = current_request().generator(embeds.device)
-    draw_token(weights, state, prefill(weights, state, embeds), generator)
-    drawn = _decode(weights, state, generator, prefix, limit)
+    drawn = 0
+    try:
+        draw_token(weights, state, prefill(weights, state, embeds), generator)
+        drawn = _decode(weights, state, generator, prefix, limit)
+    finally:
+        if stream is not None:
+            stream.close(int(state.count))
     return state.tokens[:, :drawn].clone()
 
 
@@ -112,13 +126,13 @@ def _finished(state: DecodeState, drawn: int) -> bool:
     Raises:
         RuntimeError: a token had to be drawn from logits with a NaN or nothing finite.
     """
-    stopped, failed = torch.stack([state.stopped, state.failed]).flatten().tolist()
-    if failed:
+    flags = int(state.flags)
+    if flags & reference.FAILED:
         raise RuntimeError(
             f"chatterbox_fast: T3's logits for token {drawn} have a NaN or no finite value; "
             "check the conditioning and the weights"
         )
-    return bool(stopped)
+    return bool(flags & reference.STOPPED)
 
 
 def _own(t3_cond: Any) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import SamplingParams
+from ..options import Backend
 from .weights import T3Weights
 
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192)
@@ -45,10 +46,11 @@ class DecodeState:
     count: Tensor  # (1,) int64            tokens drawn so far
     tokens: Tensor  # (R, N) int64         tokens drawn so far
     seen: Tensor  # (R, V) bool            ids the repetition penalty applies to
-    params: Tensor  # (R, 5)               SamplingParams.pack
+    params: Tensor  # (R, 6)               SamplingParams.pack
+    flags: Tensor  # (R,) int32            reference.STOPPED, reference.FAILED
+    philox: Tensor | None  # (R, 2) int64  random state, where it lives on the device
     stop_token: int
-    stopped: Tensor  # (R,) bool           the stop token was drawn
-    failed: Tensor  # (R,) bool            a row of logits had a NaN or nothing finite
+    backend: Backend
 
     @classmethod
     def allocate(
@@ -61,6 +63,8 @@ class DecodeState:
         max_new_tokens: int,
         start_token: int,
         stop_token: int,
+        philox: Tensor | None = None,
+        backend: Backend = "auto",
     ) -> DecodeState:
         """Buffers for `prefix` prefilled positions and up to `max_new_tokens` tokens."""
         capacity = capacity_for(prefix + 1)
@@ -81,9 +85,10 @@ class DecodeState:
             tokens=torch.zeros(1, max_new_tokens, dtype=torch.long, device=device),
             seen=seen,
             params=sampling.pack(dtype, device),
+            flags=torch.zeros(1, dtype=torch.int32, device=device),
+            philox=philox,
             stop_token=stop_token,
-            stopped=torch.zeros(1, dtype=torch.bool, device=device),
-            failed=torch.zeros(1, dtype=torch.bool, device=device),
+            backend=backend,
         )
 
     @property

@@ -1,0 +1,353 @@
+// cfg_sample: from logits to one drawn token a row, in one launch.
+//
+//   scores = cond + w (cond - uncond); stop action; [penalty]; / temperature;
+//   top-k; min-p; top-p; [penalty, in Turbo's order];  token = argmax(exp(score - top) / q),
+//   q~Exp(1)
+//
+// Shapes: logits (R, V) or (2R, V), T = float, half, bfloat16; seen (R, V) bool; params (R, 6)
+// float {cfg_weight, penalty, temperature, min_p, 1 - top_p, top_k}; flags (R,) int32; philox (R,
+// 2) int64 {seed, offset}; stop_action (R,) int32 or null; token (R,) int64. V in [1, 65536].
+// Equivalent to: chatterbox_fast/reference.py, cfg_sample (the specification).
+// Arithmetic: float, not contracted to fused multiply-adds, so that scores round as stock's
+// separate kernels round them. top-p sums exp(score - top) in 2^-40 fixed point: exact, in any
+// order. Random numbers: torch's own (torch_random.cuh), read from and advanced in device memory.
+// Ties: top-k keeps all ids equal to the k-th; top-p removes the higher id first; the draw takes
+// the lower.
+// A row with a NaN or without a finite score sets kFailed, and its token is 0.
+//
+// Launch: one block a row, a row's scores in registers (kItems a thread). Without top-k and top-p
+// it is three block reductions over 8 V bytes of logits that the head just left in L2, so the bound
+// is latency: about a dozen barriers.
+#pragma once
+
+#include "runtime.h"
+#include "torch_random.cuh"
+
+namespace chatterbox_fast {
+
+constexpr int kCfgSampleStopped = 1;
+constexpr int kCfgSampleFailed = 2;
+constexpr int kCfgSampleSuppress = 1;
+constexpr int kCfgSampleForce = 2;
+constexpr float kCfgSampleRuledOut = 32768.0f;
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kRadixBins = 256;
+
+template <typename T>
+struct CfgSampleArgs {
+  const T* logits;
+  bool* seen;
+  const float* params;
+  int* flags;
+  long long* philox;
+  const int* stop_action;  // null: no row has one
+  long long* token;
+  int rows, vocabulary, stop_token, forget, philox_threads;
+  bool guided, turbo;
+};
+
+struct SamplingRow {
+  float cfg_weight, penalty, temperature, min_p, one_minus_top_p, top_k;
+};
+
+RT_DEVICE float negative_infinity() { return __uint_as_float(0xff800000u); }
+
+RT_DEVICE bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+// Integers in the order of the floats they come from.
+RT_DEVICE unsigned ordered(float x) {
+  const unsigned bits = __float_as_uint(x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+RT_DEVICE float from_ordered(unsigned bits) {
+  return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
+}
+
+// All scores of a row in one order without ties: by score, and of equal scores the higher id first.
+RT_DEVICE unsigned long long rank_key(float score, int id) {
+  return static_cast<unsigned long long>(ordered(score)) << 16 | (0xffffu - id);
+}
+
+RT_DEVICE unsigned long long greater(unsigned long long a, unsigned long long b) {
+  return a > b ? a : b;
+}
+
+// The greatest value of the block, in every thread. `scratch`: 32 values of shared memory.
+template <int kThreads>
+RT_DEVICE unsigned long long block_max(unsigned long long value, unsigned long long* scratch) {
+  constexpr int kWarps = kThreads / 32;
+  for (int step = 16; step > 0; step /= 2) {
+    value = greater(value, __shfl_xor_sync(kFullWarp, value, step));
+  }
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = threadIdx.x % 32 < kWarps ? scratch[threadIdx.x % 32] : 0;
+  for (int step = 16; step > 0; step /= 2) {
+    value = greater(value, __shfl_xor_sync(kFullWarp, value, step));
+  }
+  __syncthreads();  // scratch may be written again
+  return value;
+}
+
+// Shared memory of radix_select.
+struct RadixScratch {
+  unsigned long long* bins;    // kRadixBins
+  unsigned long long* result;  // 2: the bin found, the weight below it
+};
+
+// By warp 0: the first bin whose running sum exceeds `limit`, else the last bin with a weight.
+RT_DEVICE void find_bin(const RadixScratch& scratch, unsigned long long limit) {
+  constexpr int kPerLane = kRadixBins / 32;
+  const int lane = threadIdx.x;
+  unsigned long long own = 0;
+  for (int i = 0; i < kPerLane; ++i) own += scratch.bins[lane * kPerLane + i];
+  unsigned long long below = own;
+  for (int step = 1; step < 32; step *= 2) {
+    const unsigned long long left = __shfl_up_sync(kFullWarp, below, step);
+    if (lane >= step) below += left;
+  }
+  below -= own;
+  const unsigned exceeding = __ballot_sync(kFullWarp, below + own > limit);
+  const unsigned weighted = __ballot_sync(kFullWarp, own > 0);
+  const int owner = exceeding != 0 ? __ffs(exceeding) - 1 : 31 - __clz(weighted);
+  if (lane != owner) return;
+  int bin = lane * kPerLane;
+  unsigned long long last_below = below;
+  for (int i = 0; i < kPerLane; ++i) {
+    const unsigned long long weight = scratch.bins[lane * kPerLane + i];
+    if (weight == 0) continue;
+    bin = lane * kPerLane + i;
+    last_below = below;
+    below += weight;
+    if (below > limit) break;
+  }
+  scratch.result[0] = bin;
+  scratch.result[1] = last_below;
+}
+
+// The first rank key, ascending, at which the running sum of weights exceeds `limit`; the last one
+// where it never does. Reads the highest `digits` bytes of the 6-byte keys; the rest is 0.
+// weight(k) is the weight of this thread's item k, 0 where it takes no part.
+template <int kThreads, int kItems, typename Weight>
+RT_DEVICE unsigned long long radix_select(const float* scores, unsigned long long limit, int digits,
+                                          const RadixScratch& scratch, Weight weight) {
+  unsigned long long prefix = 0;
+  for (int digit = 5; digit > 5 - digits; --digit) {
+    const int shift = 8 * digit;
+    for (int bin = threadIdx.x; bin < kRadixBins; bin += kThreads) scratch.bins[bin] = 0;
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      const unsigned long long key = rank_key(scores[k], threadIdx.x + k * kThreads);
+      const unsigned long long own = weight(k);
+      if (own != 0 && key >> (shift + 8) == prefix >> (shift + 8)) {
+        atomicAdd(&scratch.bins[key >> shift & 0xff], own);
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) find_bin(scratch, limit);
+    __syncthreads();
+    prefix |= scratch.result[0] << shift;
+    limit -= scratch.result[1] < limit ? scratch.result[1] : limit;
+  }
+  return prefix;
+}
+
+RT_DEVICE float penalised(float score, bool seen, float penalty, float inverse_penalty) {
+  if (!seen) return score;
+  return score < 0.0f ? score * penalty : score * inverse_penalty;
+}
+
+template <typename T>
+RT_DEVICE float guided_score(const CfgSampleArgs<T>& args, int row, int id, float cfg_weight) {
+  const long long v = args.vocabulary;
+  const float cond = rt::to_float(args.logits[row * v + id]);
+  if (!args.guided) return cond;
+  return cond + cfg_weight * (cond - rt::to_float(args.logits[(args.rows + row) * v + id]));
+}
+
+template <typename T>
+RT_DEVICE float after_stop_action(const CfgSampleArgs<T>& args, int action, int id, float score) {
+  const bool stop = id == args.stop_token;
+  if (action == kCfgSampleForce) return stop ? kCfgSampleRuledOut : -kCfgSampleRuledOut;
+  return action == kCfgSampleSuppress && stop ? -kCfgSampleRuledOut : score;
+}
+
+// The weight of a score in top-p: exp(score - top) in units of 2^-40.
+RT_DEVICE unsigned long long mass(float score, float top) {
+  return static_cast<unsigned long long>(expf(score - top) * 0x1p40f);
+}
+
+// A block's view of its row: the arguments, the parameters, and the shared memory.
+template <typename T>
+struct SamplingBlock {
+  const CfgSampleArgs<T>& args;
+  const SamplingRow params;
+  const bool* seen;  // the row's
+  int row;
+  unsigned long long* scratch;  // 32 values
+  RadixScratch radix;
+};
+
+// Stock's chain up to the temperature. Returns the highest score; a NaN where the row has one.
+template <int kThreads, int kItems, typename T>
+RT_DEVICE float load_scores(const SamplingBlock<T>& block, float (&scores)[kItems]) {
+  const CfgSampleArgs<T>& args = block.args;
+  const int action = args.stop_action == nullptr ? 0 : args.stop_action[block.row];
+  const float inverse_penalty =
+      1.0f / block.params.penalty;  // so torch divides by a number, on CUDA
+  const float inverse_temperature = 1.0f / block.params.temperature;
+  unsigned long long highest = 0;
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    const int id = threadIdx.x + k * kThreads;
+    scores[k] = negative_infinity();
+    if (id >= args.vocabulary) continue;
+    float score = guided_score(args, block.row, id, block.params.cfg_weight);
+    score = after_stop_action(args, action, id, score);
+    if (!args.turbo)
+      score = penalised(score, block.seen[id], block.params.penalty, inverse_penalty);
+    score = score * inverse_temperature + 0.0f;  // -0 becomes 0: equal scores have equal keys
+    scores[k] = score;
+    // A NaN is above infinity in this order, so it is what the row's maximum shows.
+    highest = greater(highest, score == score ? ordered(score) : 0xffffffffu);
+  }
+  return from_ordered(static_cast<unsigned>(block_max<kThreads>(highest, block.scratch)));
+}
+
+template <int kThreads, int kItems, typename T>
+RT_DEVICE void keep_top_k(const SamplingBlock<T>& block, float (&scores)[kItems]) {
+  const int vocabulary = block.args.vocabulary;
+  const int top_k = static_cast<int>(block.params.top_k);
+  if (top_k <= 0 || top_k >= vocabulary) return;
+  const auto one = [&](int k) -> unsigned long long {
+    return static_cast<int>(threadIdx.x) + k * kThreads < vocabulary;
+  };
+  const auto kth = radix_select<kThreads, kItems>(scores, vocabulary - top_k, 4, block.radix, one);
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    if (static_cast<unsigned long long>(ordered(scores[k])) << 16 < kth) {
+      scores[k] = negative_infinity();
+    }
+  }
+}
+
+template <int kItems>
+RT_DEVICE void keep_min_p(float top, float min_p, float (&scores)[kItems]) {
+  if (min_p <= 0.0f) return;
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    if (expf(scores[k] - top) < min_p) scores[k] = negative_infinity();
+  }
+}
+
+template <int kThreads, int kItems, typename T>
+RT_DEVICE void keep_top_p(const SamplingBlock<T>& block, float top, float (&scores)[kItems]) {
+  if (block.params.one_minus_top_p <= 0.0f) return;
+  unsigned long long* total = block.scratch;
+  if (threadIdx.x == 0) *total = 0;
+  __syncthreads();
+  unsigned long long own = 0;
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) own += mass(scores[k], top);
+  atomicAdd(total, own);
+  __syncthreads();
+  const auto limit = static_cast<unsigned long long>(
+      static_cast<double>(block.params.one_minus_top_p) * static_cast<double>(*total));
+  const auto weight = [&](int k) { return mass(scores[k], top); };
+  const auto lowest = radix_select<kThreads, kItems>(scores, limit, 6, block.radix, weight);
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    if (rank_key(scores[k], threadIdx.x + k * kThreads) < lowest) scores[k] = negative_infinity();
+  }
+}
+
+// Turbo's penalty, after everything else. Returns the highest score that is left.
+template <int kThreads, int kItems, typename T>
+RT_DEVICE float penalise_last(const SamplingBlock<T>& block, float (&scores)[kItems]) {
+  const float inverse_penalty = 1.0f / block.params.penalty;
+  unsigned long long highest = 0;
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    if (scores[k] == negative_infinity()) continue;
+    const bool seen = block.seen[threadIdx.x + k * kThreads];
+    scores[k] = penalised(scores[k], seen, block.params.penalty, inverse_penalty);
+    highest = greater(highest, ordered(scores[k]));
+  }
+  return from_ordered(static_cast<unsigned>(block_max<kThreads>(highest, block.scratch)));
+}
+
+// argmax(exp(score - top) / q), the lower id of equals.
+template <int kThreads, int kItems, typename T>
+RT_DEVICE int draw(const SamplingBlock<T>& block, float top, const float (&scores)[kItems]) {
+  const CfgSampleArgs<T>& args = block.args;
+  const unsigned long long seed = args.philox[2 * block.row];
+  const unsigned long long offset = args.philox[2 * block.row + 1];
+  unsigned long long best = 0;
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    if (scores[k] == negative_infinity()) continue;
+    const unsigned id = threadIdx.x + k * kThreads;
+    const float q = torch_exponential(torch_uniform(seed, offset, id, args.philox_threads));
+    const unsigned ratio = __float_as_uint(expf(scores[k] - top) / q);
+    best = greater(best, static_cast<unsigned long long>(ratio) << 32 | (0xffffffffu - id));
+  }
+  best = block_max<kThreads>(best, block.scratch);
+  return static_cast<int>(0xffffffffu - static_cast<unsigned>(best));
+}
+
+// What one thread leaves behind for its row.
+template <typename T>
+RT_DEVICE void finish_row(const CfgSampleArgs<T>& args, int row, int token, bool failed) {
+  bool* seen = args.seen + static_cast<long long>(row) * args.vocabulary;
+  args.token[row] = token;
+  if (failed) {
+    args.flags[row] |= kCfgSampleFailed;
+  } else {
+    seen[token] = true;
+    if (token == args.stop_token) args.flags[row] |= kCfgSampleStopped;
+  }
+  if (args.forget >= 0) seen[args.forget] = false;
+  args.philox[2 * row + 1] +=
+      static_cast<long long>(torch_philox_increment(args.vocabulary, args.philox_threads));
+}
+
+template <int kThreads, int kItems, typename T>
+RT_GLOBAL void RT_LAUNCH_BOUNDS(kThreads) cfg_sample_kernel(CfgSampleArgs<T> args) {
+  RT_SHARED(unsigned long long, scratch, 32);
+  RT_SHARED(unsigned long long, bins, kRadixBins);
+  RT_SHARED(unsigned long long, result, 2);
+  const int row = blockIdx.x;
+  const SamplingBlock<T> block = {args,
+                                  reinterpret_cast<const SamplingRow*>(args.params)[row],
+                                  args.seen + static_cast<long long>(row) * args.vocabulary,
+                                  row,
+                                  scratch,
+                                  {bins, result}};
+  float scores[kItems];
+  float top = load_scores<kThreads>(block, scores);
+  const bool failed = !is_finite(top);  // the same in every thread
+  int token = 0;
+  if (!failed) {
+    keep_top_k<kThreads>(block, scores);
+    keep_min_p(top, block.params.min_p, scores);
+    keep_top_p<kThreads>(block, top, scores);
+    if (args.turbo) top = penalise_last<kThreads>(block, scores);
+    token = draw<kThreads>(block, top, scores);
+  }
+  if (threadIdx.x == 0) finish_row(args, row, token, failed);
+}
+
+// Enqueues the op on `stream`; an empty batch is a success without a launch.
+template <typename T>
+rt::Error launch_cfg_sample(const CfgSampleArgs<T>& args, rt::Stream stream) {
+  constexpr int kThreads = 1024;
+  if (args.rows == 0) return rt::Error{};
+  if (args.vocabulary <= 9 * kThreads) {
+    return rt::launch(cfg_sample_kernel<kThreads, 9, T>, args.rows, kThreads, 0, stream, args);
+  }
+  return rt::launch(cfg_sample_kernel<kThreads, 64, T>, args.rows, kThreads, 0, stream, args);
+}
+
+}  // namespace chatterbox_fast
