@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -28,7 +29,11 @@ class SamplingParams:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a parameter is outside its range (NaN always is)."""
+        """Raises ValueError where a parameter is outside its range (NaN always is), TypeError
+        where it is no number."""
+        for name, value in vars(self).items():
+            if not isinstance(value, Real):
+                raise TypeError(f"chatterbox_fast: {name} must be a number, got {value!r}")
         _require("cfg_weight", self.cfg_weight, self.cfg_weight >= 0, ">= 0")
         _require("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "> 0")
         _require("temperature", self.temperature, self.temperature > 0, "> 0")

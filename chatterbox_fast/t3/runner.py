@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -34,17 +35,19 @@ def inference(
     length_penalty: float = 1.0,
     repetition_penalty: float = 1.2,
     cfg_weight: float = 0.5,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Speech tokens for a text; stock's ``T3.inference`` with a static KV cache.
 
     Args:
         t3: the stock module.
-        t3_cond: stock's `T3Cond`. Not changed (stock stores the prompt's embedding in it).
+        t3_cond: stock's `T3Cond`. Not changed: stock stores the prompt's embedding in it.
         text_tokens: ``(S,)``, ``(1, S)`` or ``(2, S)`` ints with start and stop token. Only the
             first row is read: stock passes two for CFG and blanks the second one's text.
         initial_speech_tokens: ``(B, n)`` ints in place of one start token.
         max_new_tokens: at most this many tokens; None is the model's own maximum.
         temperature, top_p, min_p, repetition_penalty, cfg_weight: see `SamplingParams`.
+        generator: what to draw from; None is torch's global one.
         num_return_sequences, stop_on_eos, do_sample, length_penalty: ignored, as in stock.
 
     Returns:
@@ -64,7 +67,8 @@ def inference(
     text = check_text(t3, text_tokens)
     limit = check_max_new_tokens(t3, max_new_tokens)
     weights = T3Weights.of(t3)
-    embeds = prefix_embeds(t3, _own(t3_cond), text, initial_speech_tokens, cfg_weight)
+    initial = check_initial_speech_tokens(t3, initial_speech_tokens)
+    embeds = prefix_embeds(t3, copy.copy(t3_cond), text, initial, cfg_weight)
     rows, prefix, _ = embeds.shape
     if prefix + limit > CAPACITIES[-1]:
         raise ValueError(
@@ -80,7 +84,6 @@ def inference(
         start_token=t3.hp.start_speech_token,
         stop_token=t3.hp.stop_speech_token,
     )
-    generator = current_request().generator(embeds.device)
     draw_token(weights, state, prefill(weights, state, embeds), generator)
     drawn = _decode(weights, state, generator, prefix, limit)
     return state.tokens[:, :drawn].clone()
@@ -121,13 +124,6 @@ def _finished(state: DecodeState, drawn: int) -> bool:
     return bool(stopped)
 
 
-def _own(t3_cond: Any) -> Any:
-    """A shallow copy of `t3_cond`: stock's prepare_conditioning writes into what it is given."""
-    own = object.__new__(type(t3_cond))
-    own.__dict__.update(t3_cond.__dict__)
-    return own
-
-
 def check_text(t3: Any, text_tokens: Tensor) -> Tensor:
     """`text_tokens` as one row ``(1, S)`` int64 on the model's device.
 
@@ -153,6 +149,26 @@ def check_text(t3: Any, text_tokens: Tensor) -> Tensor:
     if int(text.min()) < 0 or int(text.max()) >= vocabulary:
         raise ValueError(f"chatterbox_fast: text_tokens must be in [0, {vocabulary})")
     return text
+
+
+def check_initial_speech_tokens(t3: Any, tokens: Tensor | None) -> Tensor | None:
+    """`tokens` as one row ``(1, n)`` int64 on the model's device.
+
+    Raises:
+        ValueError: another shape, rows that differ, or an id the model does not have.
+    """
+    if tokens is None:
+        return None
+    rows = torch.atleast_2d(tokens).to(dtype=torch.long, device=t3.device)
+    if rows.dim() != 2 or rows.shape[0] not in (1, 2) or not bool((rows == rows[:1]).all()):
+        raise ValueError(
+            "chatterbox_fast: initial_speech_tokens must be (n,), (1, n) or (2, n) with equal "
+            f"rows, got shape {tuple(tokens.shape)}"
+        )
+    vocabulary = t3.speech_emb.num_embeddings
+    if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= vocabulary):
+        raise ValueError(f"chatterbox_fast: initial_speech_tokens must be in [0, {vocabulary})")
+    return rows[:1]
 
 
 def check_max_new_tokens(t3: Any, max_new_tokens: int | None) -> int:
