@@ -74,13 +74,15 @@ gpu-build:
 
 gpu-test:
 	mkdir -p $(RESULTS_DIR)
-	$(ON_GPU) -P -m pytest --junitxml=$(RESULTS_DIR)/gpu-test.xml $(ARGS)
+	cd build && $(ON_GPU) -m pytest -c ../pyproject.toml --rootdir .. ../tests \
+	  --junitxml=$(abspath $(RESULTS_DIR))/gpu-test.xml $(ARGS)
 
 # The CUDA kernels under memcheck and racecheck; without a kernel test there is nothing to check.
 gpu-sanitize:
 	for tool in memcheck racecheck; do \
-	  PYTHONPATH=$(SITE) compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(PYTHON) -P -m pytest -q -m "gpu and kernel" || test $$? = 5 || exit 1; \
+	  (cd build && PYTHONPATH=$(SITE) compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(PYTHON) -m pytest -q -c ../pyproject.toml --rootdir .. ../tests -m "gpu and kernel") \
+	    || test $$? = 5 || exit 1; \
 	done
 
 gpu-bench:

@@ -142,8 +142,17 @@ def prepare_cuda(torch: ModuleType) -> tuple[Toolkit, Path]:
 
 
 def sources(*patterns: str) -> list[str]:
-    found = (path for pattern in patterns for path in glob.glob(pattern, root_dir=ROOT))
-    return sorted(found)
+    found = (glob.glob(pattern, root_dir=ROOT, recursive=True) for pattern in patterns)
+    return sorted(path for paths in found for path in paths)
+
+
+def write_reason(missing: str) -> str:
+    """A folder with the header that tells module.cpp why there is no CUDA."""
+    folder = ROOT / "build" / "include"
+    folder.mkdir(parents=True, exist_ok=True)
+    quoted = json.dumps(missing)
+    (folder / "cbf_missing.h").write_text(f"#pragma once\n#define CBF_MISSING {quoted}\n")
+    return str(folder)
 
 
 def extension(torch: ModuleType, info: dict[str, str | None]) -> object:
@@ -161,6 +170,7 @@ def extension(torch: ModuleType, info: dict[str, str | None]) -> object:
         if os.environ.get("CHATTERBOX_FAST_CUDA") == "1":
             raise SystemExit(f"chatterbox_fast: CHATTERBOX_FAST_CUDA=1, but {reason}") from None
         info["missing"] = f"CUDA kernels not built: {reason}"
+        common["include_dirs"].append(write_reason(info["missing"]))
         from torch.utils.cpp_extension import CppExtension
 
         return CppExtension(

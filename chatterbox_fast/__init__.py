@@ -7,11 +7,16 @@ chatterbox_fast.unpatch(model)    # exactly what was there before
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from ._ext import build_info
 from .options import Options
 from .patch import Report, patch, patched, report, unpatch
+from .watermark import why_perth_cannot_load
+
+if (_perth := why_perth_cannot_load()) is not None:
+    warnings.warn(f"chatterbox_fast: {_perth}", RuntimeWarning, stacklevel=2)
 
 if TYPE_CHECKING:
     from .optimized import OptimizedChatterboxTTS

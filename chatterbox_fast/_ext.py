@@ -20,11 +20,8 @@ def _build_record() -> dict[str, Any]:
     return record
 
 
-def _missing(record: dict[str, Any], failure: ImportError | None) -> str | None:
-    """One line: what is missing from the extension and what mends it; None where nothing is."""
-    if failure is None:
-        reason: str | None = record.get("missing")
-        return reason
+def _why_not_loaded(record: dict[str, Any], failure: ImportError) -> str:
+    """One line: why there is no extension, and what mends it."""
     built_for = record.get("torch")
     if built_for and built_for != torch.__version__:
         return (
@@ -37,12 +34,11 @@ def _missing(record: dict[str, Any], failure: ImportError | None) -> str | None:
 
 
 def _load() -> tuple[Any, str | None]:
-    record = _build_record()
     try:
         module = importlib.import_module("chatterbox_fast._C")
     except ImportError as failure:
-        return None, _missing(record, failure)
-    return module, _missing(record, None)
+        return None, _why_not_loaded(_build_record(), failure)
+    return module, module.build_info().get("missing")
 
 
 module, missing = _load()
@@ -54,5 +50,4 @@ if missing is not None:
 
 def build_info() -> dict[str, Any]:
     """What the extension was built with (torch, compiler, CUDA, archs) and what it lacks."""
-    info = dict(module.build_info()) if module is not None else {}
-    return {**info, "missing": missing}
+    return {"missing": missing} if module is None else dict(module.build_info())

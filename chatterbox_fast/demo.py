@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -49,14 +50,15 @@ class Run:
 
 
 def compare(model: Any, text: str, voice: str | Path, seed: int) -> tuple[Run, Run]:
-    """The same utterance by stock and by the patched model, with the same seed; stock first.
+    """The same utterance by stock and by the patched model, with the same seed.
 
-    Stock speaks it once before, unmeasured, so that neither side pays for first calls.
+    Each speaks it twice, in turn; the first time is not measured, so that neither side pays for
+    first calls.
     """
-    _after_seed(model, text, voice, seed)
-    stock = _speak(model, lambda: _after_seed(model, text, voice, seed))
-    with patched(model, progress=True):
-        fast = _speak(model, lambda: model.generate(text, audio_prompt_path=voice, seed=seed))
+    for _ in range(2):
+        stock = _speak(model, lambda: _after_seed(model, text, voice, seed))
+        with patched(model, progress=True):
+            fast = _speak(model, lambda: model.generate(text, audio_prompt_path=voice, seed=seed))
     return stock, fast
 
 
@@ -86,7 +88,7 @@ def _measured(model: Any, run: Run) -> Iterator[None]:
         "watermark": (model.watermarker, "apply_watermark"),
     }
     overrides = [
-        Override(owner, name, _timed(model, run, stage, getattr(owner, name)))
+        Override(owner, name, MethodType(_timed(model, run, stage, getattr(owner, name)), owner))
         for stage, (owner, name) in sites.items()
     ]
     apply_all(overrides)
@@ -96,11 +98,11 @@ def _measured(model: Any, run: Run) -> Iterator[None]:
         undo_all(overrides)
 
 
-def _timed(model: Any, run: Run, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def timed(*args: Any, **kwargs: Any) -> Any:
+def _timed(model: Any, run: Run, stage: str, method: MethodType) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
         start = _now(model)
-        run.outputs[stage] = function(*args, **kwargs)
+        run.outputs[stage] = method.__func__(self, *args, **kwargs)
         run.seconds[stage] += _now(model) - start
         return run.outputs[stage]
 
@@ -143,7 +145,7 @@ class Result:
             text=text,
             seed=seed,
             audio_seconds=fast.wav.shape[-1] / model.sr,
-            token_count=len(stock.tokens),
+            token_count=max(len(stock.tokens), len(fast.tokens)),
             tokens_equal=sum(a == b for a, b in zip(stock.tokens, fast.tokens, strict=False)),
             mel_difference=_largest(stock.mel, fast.mel) if same_length else float("inf"),
             audio_difference=_largest(stock.wav, fast.wav) if same_length else float("inf"),

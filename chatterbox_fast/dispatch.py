@@ -58,7 +58,7 @@ def choose(
     order = [("triton", _why_no_triton), ("extension", _why_no_extension)]
     if wanted != "triton":
         order.reverse()
-    reasons = []
+    reasons: list[str] = []
     for backend, why_not in order:
         if (reason := why_not(op, device)) is None:
             return Choice(backend, "; ".join(reasons) or f"compiled for {device.type}")

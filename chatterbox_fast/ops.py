@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -36,7 +37,11 @@ class SamplingParams:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ValueError where a parameter is outside its range (NaN always is)."""
+        """Raises ValueError where a parameter is outside its range (NaN always is), TypeError
+        where it is no number."""
+        for name, value in vars(self).items():
+            if not isinstance(value, Real):
+                raise TypeError(f"chatterbox_fast: {name} must be a number, got {value!r}")
         _require("cfg_weight", self.cfg_weight, self.cfg_weight >= 0, ">= 0")
         _require("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "> 0")
         _require("temperature", self.temperature, self.temperature > 0, "> 0")
@@ -111,9 +116,9 @@ def cfg_sample(
         )  # fmt: skip
     choice = dispatch.choose("cfg_sample", logits.device, backend, logits.dtype)
     threads = 0 if philox is None else philox_threads(seen.shape[1], logits.device)
-    rules = {"stop_token": stop_token, "turbo": turbo, "forget": forget}
+    rules: dict[str, Any] = {"stop_token": stop_token, "turbo": turbo, "forget": forget}
     if choice.backend == "extension":
-        return torch.ops.chatterbox_fast.cfg_sample.default(  # type: ignore[no-any-return]
+        return torch.ops.chatterbox_fast.cfg_sample.default(
             logits, seen, params, flags, philox, stop_action, generator,
             philox_threads=threads, **rules,
         )  # fmt: skip
@@ -176,7 +181,7 @@ def _row_by_row(
         one = slice(r, r + 1)
         action = None if stop_action is None else stop_action[one]
         token = cfg_sample(
-            logits[r::rows], seen[one], params[one], flags[one],
+            logits[r::rows].contiguous(), seen[one], params[one], flags[one],
             generator=generator, stop_action=action, **rules,
         )  # fmt: skip
         tokens.append(token)

@@ -15,11 +15,10 @@ class Options:
 
     Attributes:
         precision: ``"exact"`` computes in the model's own dtype and gives stock's tokens for the
-            same seed. ``"bf16"``, ``"fp16"`` and ``"int8"`` trade that for speed. ``"auto"`` is
-            exact on a CPU, bf16 on a GPU that has it, fp16 on an older one.
+            same seed. The others have no engine yet and run as exact; report() says so.
         backend: which implementation of each op to prefer; ``"auto"`` takes the fastest one that
-            is there, in the order CUDA, Triton, reference. `CHATTERBOX_FAST_BACKEND` overrides it.
-        compile: use ``torch.compile`` where it beats the hand-written path.
+            is there. `CHATTERBOX_FAST_BACKEND` overrides it.
+        compile: has no engine yet; report() says so.
         watermark: False leaves out Perth's watermark (stock always applies it).
         progress: True shows stock's progress bar; it costs a terminal write per token.
         strict: True raises where a site would otherwise be left to stock with a reason.

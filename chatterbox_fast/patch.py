@@ -9,16 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import RLock
+from types import MethodType
 from typing import Any, TypeVar
 
 from . import dispatch
 from .options import Options
-from .overrides import Override, apply_all, undo_all
-from .sites import STOCK_CLASSES, Row, describe_switches, sites_of, watermark_override
+from .overrides import Absent, Override, apply_all, undo_all
+from .sites import (
+    RECORD,
+    STOCK_CLASSES,
+    Row,
+    describe_rest,
+    sites_of,
+    watermark_override,
+)
 
 Model = TypeVar("Model")
 
-_RECORD = "_chatterbox_fast"
+_lock = RLock()
+"""Held while attributes are replaced or restored; never while a model speaks."""
 
 
 @dataclass
@@ -27,6 +37,7 @@ class Record:
 
     options: Options
     overrides: list[Override]
+    model: Any
 
 
 def patch(model: Model, **options: Any) -> Model:
@@ -37,6 +48,8 @@ def patch(model: Model, **options: Any) -> Model:
             `ChatterboxVC`.
         **options: the switches of `Options`: precision, backend, compile, watermark, progress,
             strict.
+
+    A copy or a pickle of a patched model is a stock object: patch it too.
 
     Returns:
         `model` itself. Its ``generate`` takes stock's arguments, and ``seed``: with a seed the
@@ -58,16 +71,17 @@ def patch(model: Model, **options: Any) -> Model:
             f"chatterbox_fast.patch: model must be a {', '.join(STOCK_CLASSES)}, "
             f"got {type(model).__qualname__}"
         )
-    previous = _record(model)
-    if previous is None:
-        _install(model, chosen)
-    elif previous.options != chosen:
-        unpatch(model)
-        try:
+    with _lock:
+        previous = _record(model)
+        if previous is None:
             _install(model, chosen)
-        except BaseException:
-            _install(model, previous.options)
-            raise
+        elif previous.options != chosen:
+            unpatch(model)
+            try:
+                _install(model, chosen)
+            except BaseException:
+                _install(model, previous.options)
+                raise
     return model
 
 
@@ -80,17 +94,18 @@ def unpatch(model: Model) -> Model:
         RuntimeError: something else replaced one of the attributes after patch(); nothing is
             changed then.
     """
-    record = _record(model)
-    if record is None:
-        return model
-    for override in record.overrides:
-        if not override.in_place():
-            raise RuntimeError(
-                f"chatterbox_fast.unpatch: {type(override.owner).__qualname__}.{override.name} "
-                "was replaced after patch(); undo that first"
-            )
-    undo_all(record.overrides)
-    delattr(model, _RECORD)
+    with _lock:
+        record = _record(model)
+        if record is None:
+            return model
+        for override in record.overrides:
+            if not override.in_place():
+                raise RuntimeError(
+                    f"chatterbox_fast.unpatch: {type(override.owner).__qualname__}."
+                    f"{override.name} was replaced after patch(); undo that first"
+                )
+        undo_all(record.overrides)
+        delattr(model, RECORD)
     return model
 
 
@@ -102,9 +117,10 @@ def patched(model: Model, **options: Any) -> Iterator[Model]:
     try:
         yield model
     finally:
-        unpatch(model)
-        if before is not None:
-            _install(model, before.options)
+        with _lock:
+            unpatch(model)
+            if before is not None:
+                _install(model, before.options)
 
 
 class Report(tuple[Row, ...]):
@@ -128,31 +144,46 @@ def report(model: Any) -> Report:
     for site in sites_of(model, record.options):
         if (id(site.owner), site.attribute) in ours:
             rows.extend(site.describe())
+        elif (reason := site.why_not()) is not None:
+            rows.append(Row(site.name, "stock", "-", reason))
         else:
-            rows.append(Row(site.name, "not ours", "-", "was already replaced before patch()"))
-    return Report([*rows, *describe_switches(record.options)])
+            rows.append(Row(site.name, "stock", "torch", "came after patch(); patch again"))
+    return Report([*rows, *describe_rest(model, record.options)])
 
 
 def _record(model: Any) -> Record | None:
-    record: Record | None = getattr(model, "__dict__", {}).get(_RECORD)
-    return record
+    record: Record | None = getattr(model, "__dict__", {}).get(RECORD)
+    return record if record is not None and record.model is model else None
 
 
 def _install(model: Any, options: Options) -> None:
     sites = sites_of(model, options)
-    overrides = [site.override(options) for site in sites if not site.taken()]
+    overrides = [site.override(options) for site in sites if site.why_not() is None]
     if not options.watermark:
         overrides.append(watermark_override(model))
+    overrides.append(Override(model, "__reduce_ex__", MethodType(_reduce_as_stock, model)))
     apply_all(overrides)
-    setattr(model, _RECORD, Record(options, overrides))
+    setattr(model, RECORD, Record(options, overrides, model))
     if options.strict:
         _refuse_stock(model)
+
+
+def _reduce_as_stock(model: Any, protocol: int) -> Any:
+    """For copy and pickle: the object without its patch, which is bound to the original."""
+    reduce: Any = type(model).__reduce_ex__  # the class's: the instance's is this function
+    make, arguments, state, *rest = reduce(model, protocol)
+    stock = {name: value for name, value in state.items() if name != RECORD}
+    record = _record(model)
+    for override in reversed(record.overrides if record is not None else []):
+        if override.owner is model and stock.pop(override.name, None) is not None:
+            stock |= {} if override.before is Absent else {override.name: override.before}
+    return (make, arguments, stock, *rest)
 
 
 def _refuse_stock(model: Any) -> None:
     """Raises where report() shows a site left to stock; takes the patch out again first."""
     for row in report(model):
-        if row.runs in ("stock", "not ours"):
+        if row.runs == "stock":
             unpatch(model)
             raise RuntimeError(
                 f"chatterbox_fast.patch: strict=True, but {row.site} is left to stock: {row.why}"

@@ -1,7 +1,7 @@
 """The table of sites: which attribute of a Chatterbox object is replaced, and by what.
 
 A replacement is a plain function bound to the object whose attribute it becomes, so a deep copy of
-a patched model runs on its own modules.
+a patched module runs on its own weights.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from threading import Lock
 from types import MethodType
 from typing import Any, NamedTuple
 
+import torch
+
 from . import dispatch
 from .options import Options
 from .overrides import Override
@@ -21,7 +23,7 @@ from .request import Request, current_request, serving
 from .rng import Generators, check_seed
 from .t3 import runner
 from .t3.weights import why_unsupported
-from .voices import request_view
+from .voices import RequestView, shares_methods
 from .watermark import NoWatermark
 
 STOCK_CLASSES = (
@@ -30,6 +32,8 @@ STOCK_CLASSES = (
     "ChatterboxTurboTTS",
     "ChatterboxVC",
 )
+RECORD = "_chatterbox_fast"
+"""The instance attribute that holds what patch() did to a model."""
 
 
 class Row(NamedTuple):
@@ -57,51 +61,60 @@ class Site:
     make: Callable[[Callable[..., Any], Options], Callable[..., Any]]
     describe: Callable[[], list[Row]]
 
-    def taken(self) -> bool:
-        """Whether somebody else has put an attribute of their own there."""
-        return self.attribute in vars(self.owner)
+    def why_not(self) -> str | None:
+        """The reason why this attribute is left alone, or None."""
+        taken = vars(self.owner).get(self.attribute)
+        if taken is not None and not is_ours(taken):
+            return "replaced by someone else"
+        function = inspect.unwrap(getattr(type(self.owner), self.attribute))
+        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+            return f"{self.attribute}() is a generator or a coroutine"
+        return None
 
     def override(self, options: Options) -> Override:
         """The replacement, bound to its owner, ready to be applied."""
-        stock = getattr(type(self.owner), self.attribute)
-        function = self.make(stock, options)
+        function = self.make(getattr(type(self.owner), self.attribute), options)
+        function.__dict__["chatterbox_fast"] = True
         return Override(self.owner, self.attribute, MethodType(function, self.owner))
+
+
+def is_ours(attribute: Any) -> bool:
+    """Whether a replacement that this package made."""
+    return bool(getattr(getattr(attribute, "__func__", None), "chatterbox_fast", False))
 
 
 def sites_of(model: Any, options: Options) -> list[Site]:
     """The sites of a Chatterbox object, in the order the data flows."""
     generate = Row("generate", "stock, per request", "-", "own voice and generators")
-    stock_s3gen = Row("s3gen.inference", "stock", "torch", "no engine yet")
     sites = [Site("generate", model, "generate", make_generate, lambda: [generate])]
-    if hasattr(model, "t3"):
-        attribute = "inference_turbo" if model.t3.is_gpt else "inference"
-        make = make_drawing if model.t3.is_gpt else make_t3_inference
-        rows = functools.partial(describe_t3, model.t3, f"t3.{attribute}", options)
-        sites.append(Site(f"t3.{attribute}", model.t3, attribute, make, rows))
-    sites.append(
-        Site("s3gen.inference", model.s3gen, "inference", make_drawing, lambda: [stock_s3gen])
-    )
+    if hasattr(model, "t3") and not getattr(model.t3, "is_gpt", False):
+        rows = functools.partial(describe_t3, model.t3, options)
+        site = Site("t3.inference", model.t3, "inference", make_t3_inference, rows)
+        sites.append(site)
     return sites
 
 
-def describe_t3(t3: Any, site: str, options: Options) -> list[Row]:
+def describe_t3(t3: Any, options: Options) -> list[Row]:
     """What T3 would run if it were called now: `.to()` after patching can change the answer."""
     if (reason := why_unsupported(t3)) is not None:
-        return [Row(site, "stock", "torch", reason)]
-    rows = [Row(site, "engine, exact", f"{t3.device.type}, eager", "in-place KV cache")]
+        return [Row("t3.inference", "stock", "torch", reason)]
+    rows = [Row("t3.inference", "engine, exact", f"{t3.device.type}, eager", "in-place KV cache")]
     for op in dispatch.OPS:
         choice = dispatch.choose(op, t3.device, options.backend)
         rows.append(Row(f"  {op}", "op", choice.backend, choice.reason))
     return rows
 
 
-def describe_switches(options: Options) -> list[Row]:
-    """The watermark, and every switch that has no engine behind it yet."""
-    rows = [
-        Row("watermark", "Perth (stock)", "cpu", "watermark=True")
-        if options.watermark
-        else Row("watermark", "none", "-", "watermark=False")
-    ]
+def describe_rest(model: Any, options: Options) -> list[Row]:
+    """What no site replaces: the stages without an engine, the watermark, the switches."""
+    rows = []
+    if hasattr(model, "t3") and getattr(model.t3, "is_gpt", False):
+        rows.append(Row("t3.inference_turbo", "stock", "torch", str(why_unsupported(model.t3))))
+    rows.append(Row("s3gen.inference", "stock", "torch", "no engine yet"))
+    if options.watermark:
+        rows.append(Row("watermark", "Perth (stock)", "cpu", "watermark=True"))
+    else:
+        rows.append(Row("watermark", "none", "-", "watermark=False"))
     if options.precision != "exact":
         why = "no other precision has an engine yet"
         rows.append(Row(f"precision={options.precision}", "exact", "-", why))
@@ -118,54 +131,53 @@ def watermark_override(model: Any) -> Override:
 def make_generate(stock: Callable[..., Any], options: Options) -> Callable[..., Any]:
     """Stock's generate() on a view that owns the request's voice and random numbers."""
     signature = inspect.signature(stock)
-    lock = Lock()
+    has_seed = "seed" in signature.parameters
 
     @functools.wraps(stock)
-    def generate(self: Any, *args: Any, seed: int | None = None, **kwargs: Any) -> Any:
-        arguments = _by_name(signature.bind(self, *args, **kwargs))
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if has_seed:
+            seed = signature.bind(self, *args, **kwargs).arguments.get("seed")
+        else:
+            seed = kwargs.pop("seed", None)
         checked = check_seed(seed)
         generators = None if checked is None else Generators(checked, self.device)
-        with serving(Request(generators, options.progress)):
-            return stock(request_view(self, arguments, lock), **arguments)
+        request = Request(generators, options.progress)
+        with serving(request), request.drawing():
+            if shares_methods(self) is not None:
+                return stock(self, *args, **kwargs)
+            view = RequestView(self, without=("generate", RECORD, "__reduce_ex__"))
+            result = stock(view.object, *args, **kwargs)
+            view.publish()
+            return result
 
-    parameters = list(signature.parameters.values())
-    last = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
-    parameters.insert(last, inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=None))
-    generate.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    if not has_seed:
+        generate.__signature__ = _with_seed(signature)  # type: ignore[attr-defined]
     return generate
 
 
-def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """The bound arguments without `self`, those of ``**kwargs`` among them."""
-    named: dict[str, Any] = {}
-    for name, value in list(bound.arguments.items())[1:]:
-        if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        else:
-            named[name] = value
-    return named
+def _with_seed(signature: inspect.Signature) -> inspect.Signature:
+    """The signature with a keyword `seed=None`, before ``**kwargs`` where there is one."""
+    parameters = list(signature.parameters.values())
+    last = len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters)
+    parameters.insert(last, inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=None))
+    return signature.replace(parameters=parameters)
 
 
 def make_t3_inference(stock: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    """T3's loop: the engine where it computes the same as stock, else stock."""
-    fallback = make_drawing(stock, options)
+    """T3's loop: the engine where it computes the same as stock, else stock.
+
+    Stock keeps a request's state on the module, so its own loop runs for one request at a time.
+    """
+    one_at_a_time = Lock()
 
     @functools.wraps(stock)
     def inference(self: Any, **arguments: Any) -> Any:
         if why_unsupported(self) is not None:
-            return fallback(self, **arguments)
-        return runner.inference(self, **arguments, backend=options.backend)
+            with one_at_a_time:
+                return stock(self, **arguments)
+        generator = current_request().generator(self.device)
+        # The engine names its generator; nothing in it needs the request's torch functions.
+        with torch._C.DisableTorchFunction():
+            return runner.inference(self, **arguments, generator=generator, backend=options.backend)
 
     return inference
-
-
-def make_drawing(stock: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    """Stock's function, drawing its random numbers from the request that is being served."""
-    del options
-
-    @functools.wraps(stock)
-    def drawing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with current_request().drawing():
-            return stock(self, *args, **kwargs)
-
-    return drawing

@@ -109,6 +109,8 @@ def random_t3(
             stop token. Turbo and Nano count positions, so they stop near it; the alignment
             analysis of the wheel's Multilingual may stop it earlier or forbid it to stop.
     """
+    if stop_after is not None and stop_after < 1:
+        raise ValueError(f"chatterbox_fast.testing: stop_after must be >= 1, got {stop_after}")
     stock = import_module("chatterbox.models.t3.t3")
     config_class = import_module("chatterbox.models.t3.modules.t3_config").T3Config
     configs = import_module("chatterbox.models.t3.llama_configs").LLAMA_CONFIGS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 
@@ -12,6 +13,18 @@ class NoWatermark:
         """`wav` itself. Same call as `perth.PerthImplicitWatermarker.apply_watermark`."""
         del sample_rate
         return wav
+
+
+_REMEDY = (
+    "Perth, stock Chatterbox's watermarker, needs pkg_resources, which setuptools 81 removed. "
+    'Remedy: pip install "setuptools<81"'
+)
+
+
+def why_perth_cannot_load() -> str | None:
+    """One line where stock's constructors will fail for want of Perth, without importing it."""
+    present = {name: importlib.util.find_spec(name) for name in ("perth", "pkg_resources")}
+    return _REMEDY if present["perth"] and not present["pkg_resources"] else None
 
 
 def require_perth() -> None:
@@ -25,7 +38,6 @@ def require_perth() -> None:
 
     if perth.PerthImplicitWatermarker is None:
         raise RuntimeError(
-            "chatterbox_fast: Perth, stock Chatterbox's watermarker, did not load "
-            "(perth.PerthImplicitWatermarker is None). It needs pkg_resources, which setuptools "
-            '81 removed. Remedy: pip install "setuptools<81"'
+            f"chatterbox_fast: perth.PerthImplicitWatermarker is None, so that stock cannot be "
+            f"made. {_REMEDY}"
         )

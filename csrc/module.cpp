@@ -5,6 +5,9 @@
 #include <string>
 
 #include "build_info.h"
+#ifndef CBF_WITH_CUDA
+#include "cbf_missing.h"  // written by setup.py: why there is no CUDA, as CBF_MISSING
+#endif
 
 namespace py = pybind11;
 
@@ -18,9 +21,11 @@ py::dict build_info() {
 #ifdef CBF_WITH_CUDA
   info["cuda"] = chatterbox_fast::cuda_toolkit_version();
   info["archs"] = chatterbox_fast::cuda_archs();
+  info["missing"] = py::none();
 #else
   info["cuda"] = py::none();
   info["archs"] = py::none();
+  info["missing"] = CBF_MISSING;
 #endif
   return info;
 }

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,7 +21,7 @@ import chatterbox_fast
 from chatterbox_fast import _ext
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
 FOLDERS = ("csrc", "chatterbox_fast", "triton_kernels", "assets")
 PACKED = (
     "_build.json",
@@ -188,6 +189,15 @@ def test_a_wheel_holds_everything_and_its_import_says_what_is_missing(tree: Path
     assert "'cuda': None" in done.stdout
 
 
+def test_an_sdist_holds_every_source(tree: Path) -> None:
+    assert run_setup(tree, "sdist", hide_torch=True).startswith("ok")
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.split("/", 1)[-1] for name in packed.getnames()}
+    expected = {str(p.relative_to(tree)) for p in (tree / "csrc").rglob("*.*")}
+    assert expected <= names
+
+
 def test_the_extension_of_this_environment_loads() -> None:
     info = chatterbox_fast.build_info()
     assert _ext.module is not None, info["missing"]
@@ -207,7 +217,7 @@ def test_the_extension_of_this_environment_loads() -> None:
     ],
 )
 def test_an_extension_that_does_not_load_says_why(record: dict, said: str) -> None:
-    assert re.search(said, _ext._missing(record, ImportError("no module")) or "")
+    assert re.search(said, _ext._why_not_loaded(record, ImportError("no module")))
 
 
 def test_cmake_builds_and_tests_the_kernels(tmp_path: Path) -> None:

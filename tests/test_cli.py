@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from chatterbox.tts import ChatterboxTTS
 
 from chatterbox_fast import demo
 from chatterbox_fast.cli import main
@@ -55,6 +56,7 @@ def test_without_the_real_weights_random_ones_are_announced(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = []
+    no_weights(monkeypatch)
     monkeypatch.setattr(demo, "random_model", lambda *args, **_: made.append(args))
     _, weights = demo.load_model("cpu", 5)
     assert weights == "random, full"
@@ -68,9 +70,24 @@ def test_a_missing_voice_is_named(command: list[str], capsys: pytest.CaptureFixt
     assert "--voice must be an audio file, got /no/such.wav" in capsys.readouterr().err
 
 
-def test_say_without_weights_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(device: str) -> None:
+        raise FileNotFoundError(f"not cached for {device}")
+
+    monkeypatch.setattr(ChatterboxTTS, "from_pretrained", fail)
+
+
+def test_say_without_weights_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_weights(monkeypatch)
     assert main(["say", "Hello.", "--device", "cpu"]) == 1
-    assert "chatterbox-fast: " in capsys.readouterr().err
+    assert "chatterbox-fast: not cached" in capsys.readouterr().err
+
+
+def test_demo_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--size", "tiny", "--tokens", "0"]) == 1
+    assert "stop_after must be >= 1, got 0" in capsys.readouterr().err
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

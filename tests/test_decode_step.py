@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -53,10 +54,14 @@ def test_a_step_changes_buffers_in_place_and_keeps_their_storage(tiny: Any, t3_c
     assert state.seen.sum() == len({6561, *drawn.tolist()})
 
 
-def test_a_step_reads_no_value_on_the_host(tiny: Any, t3_cond: Any) -> None:
+def test_a_step_reads_no_value_on_the_host(
+    tiny: Any, t3_cond: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under fake tensors on a device "cuda", .item() and data-dependent branches raise."""
+    monkeypatch.setattr("chatterbox_fast.ops.philox_threads", lambda *_: 8448)
     with torch.inference_mode():
         weights, state = prefilled(tiny, t3_cond)
+    state.philox = torch.zeros(1, 2, dtype=torch.long)
     with FakeTensorMode(allow_non_fake_inputs=False):
 
         def fake(x: Any) -> Any:
@@ -73,7 +78,7 @@ def test_a_step_reads_no_value_on_the_host(tiny: Any, t3_cond: Any) -> None:
         decode_step(on_cuda, buffers)
         assert buffers.embedding.device.type == "cuda"
         with pytest.raises(Exception, match="_local_scalar_dense"):
-            bool(buffers.stopped)
+            bool(buffers.flags)
 
 
 def test_cfg_weight_zero_runs_half_the_batch(tiny: Any, t3_cond: Any) -> None:
@@ -112,6 +117,8 @@ def test_capacities() -> None:
         ({"text_tokens": torch.tensor([[255, *[5] * 2049, 0]])}, "at most 2050 tokens long, got"),
         ({"max_new_tokens": 0}, r"max_new_tokens must be in \[1, 4099\], got 0"),
         ({"max_new_tokens": 5000}, r"max_new_tokens must be in \[1, 4099\], got 5000"),
+        ({"initial_speech_tokens": torch.tensor([[1, 9999]])}, r"must be in \[0, 8194\)"),
+        ({"initial_speech_tokens": torch.tensor([[1], [2]])}, "with equal rows, got shape"),
         ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
         ({"cfg_weight": -1.0}, "cfg_weight must be finite and >= 0, got -1.0"),
     ],
@@ -124,6 +131,11 @@ def test_bad_input_is_named_before_any_work(
     with pytest.raises(ValueError, match=message):
         runner.inference(tiny, **arguments)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_parameters_that_are_no_numbers(tiny: Any, t3_cond: Any) -> None:
+    with pytest.raises(TypeError, match="temperature must be a number, got None"):
+        runner.inference(tiny, t3_cond=t3_cond, text_tokens=TEXT, temperature=None)
 
 
 def test_nan_in_the_conditioning_raises_and_the_model_stays_usable(tiny: Any, t3_cond: Any) -> None:
@@ -166,6 +178,14 @@ def _spoil(change: str, t3: Any) -> Any:
         t3.tfmr.rotary_emb.rope_type = "dynamic"
     elif change == "head bias":
         t3.speech_head.bias = torch.nn.Parameter(torch.zeros(8194))
+    elif change == "head subclass":
+        t3.speech_head.__class__ = type("Adapter", (torch.nn.Linear,), {})
+    elif change == "norm subclass":
+        t3.tfmr.norm.__class__ = type("Norm", (type(t3.tfmr.norm),), {})
+    elif change == "forward":
+        layer.mlp.forward = lambda x: x
+    elif change == "t3 subclass":
+        t3.__class__ = type("T3", (type(t3),), {})
     return t3
 
 
@@ -180,13 +200,30 @@ def _spoil(change: str, t3: Any) -> Any:
         ("meta", "weights are on meta"),
         ("activation", "hidden_act is 'gelu'"),
         ("rope", "rotary type 'dynamic'"),
-        ("head bias", "the speech head has a bias"),
+        ("head bias", "speech_head is a Linear, not a Linear without bias"),
+        ("head subclass", "speech_head is a Adapter, not a Linear without bias"),
+        ("norm subclass", "norm is a Norm, not transformers' LlamaRMSNorm"),
+        ("forward", "the forward of a LlamaMLP is replaced"),
+        ("t3 subclass", "t3 is a T3, not Chatterbox's T3"),
     ],
 )
 def test_a_t3_that_is_not_stocks_is_left_to_stock(change: str, reason: str) -> None:
     t3 = random_t3("english", "tiny")
     assert why_unsupported(t3) is None
     assert reason in (why_unsupported(_spoil(change, t3)) or "")
+
+
+def test_an_inference_that_was_replaced_on_the_class(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = type(tiny).inference
+
+    @functools.wraps(stock)
+    def wrapped(self: Any, **arguments: Any) -> Any:
+        return stock(self, **arguments)
+
+    monkeypatch.setattr(type(tiny), "inference", wrapped)
+    assert why_unsupported(tiny) == "T3.inference is wrapped by someone else"
 
 
 def test_gpt_backbones_are_left_to_stock() -> None:

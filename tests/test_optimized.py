@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import chatterbox_fast
 from chatterbox_fast import OptimizedChatterboxTTS
 from chatterbox_fast.testing import random_model, write_tokenizer
-from chatterbox_fast.watermark import NoWatermark
+from chatterbox_fast.watermark import NoWatermark, why_perth_cannot_load
 
 TEXT = "Hello there."
 
@@ -79,6 +79,15 @@ def test_from_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows(model)["watermark"] == "none"
     assert rows(model)["compile=True"] == "eager"
     assert torch.equal(model.t3.speech_head.weight, stock.t3.speech_head.weight)
+
+
+def test_an_environment_without_pkg_resources_is_named_at_import(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert why_perth_cannot_load() is None
+    found = {"perth": object(), "pkg_resources": None}
+    monkeypatch.setattr("importlib.util.find_spec", found.get)
+    assert 'pip install "setuptools<81"' in (why_perth_cannot_load() or "")
 
 
 def test_perth_that_did_not_load_has_a_remedy(

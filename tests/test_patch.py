@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import instance_dictionaries
+from tqdm import tqdm
 
 import chatterbox_fast
 from chatterbox_fast import patch, patched, report, unpatch
 from chatterbox_fast.patch import Row
-from chatterbox_fast.testing import random_t3
+from chatterbox_fast.t3.weights import why_unsupported
+from chatterbox_fast.testing import random_model, random_t3
 from chatterbox_fast.watermark import NoWatermark
 
 TEXT = "Hello there."
@@ -72,34 +76,79 @@ def test_patched_is_a_context(english: Any) -> None:
 
 
 def test_a_second_model_is_not_touched(english: Any) -> None:
-    other = copy.copy(english)
-    other.t3 = random_t3("english", "tiny", seed=1)
+    other = random_model("english", "tiny", seed=1)
     before = instance_dictionaries(other)
     classes = [dict(vars(type(o))) for o in (english, english.t3, english.s3gen)]
     with patched(english, watermark=False):
-        assert instance_dictionaries(other)["model"] == before["model"]
-        assert instance_dictionaries(other)["t3"] == before["t3"]
+        assert instance_dictionaries(other) == before
         assert [dict(vars(type(o))) for o in (english, english.t3, english.s3gen)] == classes
         assert report(other)[0].why == "not patched"
 
 
-def test_a_deep_copy_runs_on_its_own_modules(english: Any) -> None:
-    conds = english.conds
+def test_copies_of_a_patched_model_are_stock(english: Any, other_voice: Path) -> None:
+    torch.manual_seed(4)
+    english.conds, before = copy.copy(english.conds), english.conds
+    expected = stock_after_seed(english, 4, audio_prompt_path=other_voice)
+    english.conds = before
+    with patched(english, watermark=False):
+        copied = copy.copy(english)
+        assert report(copied)[0].why == "not patched"
+        assert "generate" not in vars(copied)
+        assert not isinstance(copied.watermarker, NoWatermark)
+        # Its voice is its own, as a copy of a stock object's is.
+        copied.prepare_conditionals(other_voice)
+        assert english.conds is before
+        assert torch.equal(stock_after_seed(copied, 4), expected)
+        with patched(copied):
+            assert torch.equal(copied.generate(TEXT, seed=4), expected)
+        assert row(english, "watermark").runs == "none"
+
+
+def stock_after_seed(model: Any, seed: int, **arguments: Any) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return model.generate(TEXT, **arguments)
+
+
+def test_a_deep_copy_runs_on_its_own_weights(english: Any) -> None:
     with patched(english):
-        english.conds = None  # stock leaves an autograd graph on it, which cannot be copied
-        copied = copy.deepcopy(english)
-        copied.conds = english.conds = conds
-        assert copied.t3.inference.__self__ is copied.t3
-        assert copied.generate.__self__ is copied
-        expected = english.generate(TEXT, seed=4)
-        with torch.no_grad():
-            head = copied.t3.speech_head.weight
-            head[:6561] = head[:6561].flip(0)
-        assert not torch.equal(copied.generate(TEXT, seed=4)[:, :8000], expected[:, :8000])
-        assert torch.equal(english.generate(TEXT, seed=4), expected)
-    unpatch(copied)
-    assert "inference" not in vars(copied.t3)
-    assert "generate" not in vars(copied)
+        copied = copy.deepcopy(english.t3)
+        assert copied.inference.__self__ is copied
+
+
+def test_threads_that_patch_at_once_patch_once(english: Any) -> None:
+    before = instance_dictionaries(english)
+    threads = [threading.Thread(target=patch, args=(english,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    unpatch(english)
+    assert instance_dictionaries(english) == before
+
+
+def test_a_t3_that_came_after_patch_is_reported(english: Any) -> None:
+    t3 = english.t3
+    with patched(english):
+        english.t3 = random_t3("english", "tiny", seed=9, stop_after=12)
+        assert row(english, "t3.inference") == (
+            "t3.inference", "stock", "torch", "came after patch(); patch again"
+        )  # fmt: skip
+        expected = stock_after_seed(english, 6)
+        state = torch.get_rng_state()
+        assert torch.equal(english.generate(TEXT, seed=6), expected), "the seed holds all the same"
+        assert torch.equal(torch.get_rng_state(), state)
+        english.t3 = t3
+
+
+def test_two_models_may_share_a_t3(english: Any) -> None:
+    other = object.__new__(type(english))
+    vars(other).update(vars(english))
+    with patched(english):
+        with patched(other):
+            assert row(other, "t3.inference").runs == "engine, exact"
+            with pytest.raises(RuntimeError, match="T3.inference was replaced after patch"):
+                unpatch(english)
+        assert row(english, "t3.inference").runs == "engine, exact"
 
 
 def test_unknown_options_raise_and_change_nothing(english: Any) -> None:
@@ -137,7 +186,7 @@ def test_what_others_replaced_is_left_alone(english: Any) -> None:
     english.t3.inference = own
     try:
         with patched(english):
-            assert row(english, "t3.inference").runs == "not ours"
+            assert row(english, "t3.inference").why == "replaced by someone else"
             assert english.t3.inference is own
         assert vars(english.t3)["inference"] is own
     finally:
@@ -165,6 +214,16 @@ def test_changes_after_patching_are_noticed(english: Any) -> None:
         assert not torch.equal(english.generate(TEXT, seed=3), first)
         t3.speech_head.weight.data = head
         assert torch.equal(english.generate(TEXT, seed=3), first)
+        t3.double()
+        assert row(english, "t3.inference").runs == "engine, exact"
+        double = copy.copy(english.conds.t3).to(dtype=torch.float64)
+        text = torch.tensor([[255, 40, 0]] * 2)
+        arguments = {"t3_cond": double, "text_tokens": text, "max_new_tokens": 5}
+        torch.manual_seed(1)
+        expected = type(t3).inference(t3, **arguments)
+        torch.manual_seed(1)
+        assert torch.equal(t3.inference(**arguments), expected)
+        t3.float()
         t3.half()
         assert "weights are torch.float16" in row(english, "t3.inference").why
         t3.float()
@@ -172,6 +231,9 @@ def test_changes_after_patching_are_noticed(english: Any) -> None:
         t3.train()
         assert row(english, "t3.inference").why == "the module is in training mode"
         t3.eval()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert row(english, "t3.inference").why == "torch.autocast is on"
+            english.t3.inference(t3_cond=english.conds.t3, text_tokens=text, max_new_tokens=3)
 
 
 def test_the_report_says_what_has_no_engine(english: Any) -> None:
@@ -181,9 +243,10 @@ def test_the_report_says_what_has_no_engine(english: Any) -> None:
         assert row(english, "compile=True").why == "torch.compile has no engine yet"
         assert row(english, "s3gen.inference").runs == "stock"
         assert row(english, "watermark").runs == "none"
-        sampler = row(english, "  cfg_sample")
-        assert sampler.backend == "reference"
-        assert sampler.why.startswith("cuda was asked for, but no cfg_sample kernel")
+        assert row(english, "  cfg_sample")[2:] == ("extension", "compiled for cpu")
+        attention = row(english, "  decode_attention")
+        assert attention.backend == "reference"
+        assert attention.why.startswith("the extension has no decode_attention yet; no Triton twin")
         text = str(report(english))
         assert text.splitlines()[0].split() == ["site", "runs", "backend", "why"]
         assert len(text.splitlines()) == len(report(english)) + 1
@@ -203,3 +266,41 @@ def test_public_names() -> None:
         assert getattr(chatterbox_fast, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = chatterbox_fast.nothing
+
+
+@pytest.mark.parametrize(
+    ("kind", "site", "reason"),
+    [
+        ("turbo", "t3.inference_turbo", "no engine yet for the GPT-2 backbone"),
+        ("vc", "s3gen.inference", "no engine yet"),
+    ],
+)
+def test_what_is_not_supported_is_left_to_stock(kind: Any, site: str, reason: str) -> None:
+    model = random_model(kind, "tiny")
+    with patched(model):
+        assert row(model, site).runs == "stock"
+        assert row(model, site).why.startswith(reason)
+
+
+def test_the_two_upstreams_are_told_apart() -> None:
+    """By what the module is: the wheel's has an alignment analysis, HEAD's has none."""
+    from chatterbox.models.t3 import t3 as stock
+
+    t3 = random_t3("multilingual", "tiny")
+    reason = why_unsupported(t3)
+    if hasattr(stock, "AlignmentStreamAnalyzer"):
+        assert reason == "no engine yet for this release's multilingual alignment analysis"
+    else:
+        assert reason is None
+
+
+def test_progress_is_stocks_bar(english: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+    monkeypatch.setattr(
+        "chatterbox_fast.t3.runner.tqdm",
+        lambda **options: bars.append(options["disable"]) or tqdm(**{**options, "disable": True}),
+    )
+    for progress in (False, True):
+        with patched(english, progress=progress):
+            english.generate(TEXT, seed=1)
+    assert bars == [True, False]

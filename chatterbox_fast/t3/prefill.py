@@ -30,7 +30,7 @@ def prefix_embeds(
     rows = 2 if cfg_weight > 0 else 1
     text = text_tokens.expand(rows, -1)
     start = torch.full_like(text[:, :1], t3.hp.start_speech_token)
-    speech = start if initial_speech_tokens is None else initial_speech_tokens[:1].expand(rows, -1)
+    speech = start if initial_speech_tokens is None else initial_speech_tokens.expand(rows, -1)
     embeds, _ = t3.prepare_input_embeds(
         t3_cond=t3_cond, text_tokens=text, speech_tokens=speech, cfg_weight=cfg_weight
     )

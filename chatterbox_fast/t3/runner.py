@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -37,18 +38,20 @@ def inference(
     length_penalty: float = 1.0,
     repetition_penalty: float = 1.2,
     cfg_weight: float = 0.5,
+    generator: torch.Generator | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Speech tokens for a text; stock's ``T3.inference`` with a static KV cache.
 
     Args:
         t3: the stock module.
-        t3_cond: stock's `T3Cond`. Not changed (stock stores the prompt's embedding in it).
+        t3_cond: stock's `T3Cond`. Not changed: stock stores the prompt's embedding in it.
         text_tokens: ``(S,)``, ``(1, S)`` or ``(2, S)`` ints with start and stop token. Only the
             first row is read: stock passes two for CFG and blanks the second one's text.
         initial_speech_tokens: ``(B, n)`` ints in place of one start token.
         max_new_tokens: at most this many tokens; None is the model's own maximum.
         temperature, top_p, min_p, repetition_penalty, cfg_weight: see `SamplingParams`.
+        generator: what to draw from; None is torch's global one.
         backend: which implementation of the ops to prefer.
         num_return_sequences, stop_on_eos, do_sample, length_penalty: ignored, as in stock.
 
@@ -69,14 +72,15 @@ def inference(
     text = check_text(t3, text_tokens)
     limit = check_max_new_tokens(t3, max_new_tokens)
     weights = T3Weights.of(t3)
-    embeds = prefix_embeds(t3, _own(t3_cond), text, initial_speech_tokens, cfg_weight)
+    initial = check_initial_speech_tokens(t3, initial_speech_tokens)
+    embeds = prefix_embeds(t3, copy.copy(t3_cond), text, initial, cfg_weight)
     rows, prefix, _ = embeds.shape
     if prefix + limit > CAPACITIES[-1]:
         raise ValueError(
             f"chatterbox_fast: max_new_tokens must be at most {CAPACITIES[-1] - prefix} after "
             f"{prefix} positions of conditioning and text, got {limit}"
         )
-    generator, stream = current_request().generator(embeds.device), None
+    stream = None
     if embeds.is_cuda:
         stream = PhiloxStream(generator, embeds.device, weights.head.shape[0], limit)
     state = DecodeState.allocate(
@@ -135,13 +139,6 @@ def _finished(state: DecodeState, drawn: int) -> bool:
     return bool(flags & reference.STOPPED)
 
 
-def _own(t3_cond: Any) -> Any:
-    """A shallow copy of `t3_cond`: stock's prepare_conditioning writes into what it is given."""
-    own = object.__new__(type(t3_cond))
-    own.__dict__.update(t3_cond.__dict__)
-    return own
-
-
 def check_text(t3: Any, text_tokens: Tensor) -> Tensor:
     """`text_tokens` as one row ``(1, S)`` int64 on the model's device.
 
@@ -167,6 +164,26 @@ def check_text(t3: Any, text_tokens: Tensor) -> Tensor:
     if int(text.min()) < 0 or int(text.max()) >= vocabulary:
         raise ValueError(f"chatterbox_fast: text_tokens must be in [0, {vocabulary})")
     return text
+
+
+def check_initial_speech_tokens(t3: Any, tokens: Tensor | None) -> Tensor | None:
+    """`tokens` as one row ``(1, n)`` int64 on the model's device.
+
+    Raises:
+        ValueError: another shape, rows that differ, or an id the model does not have.
+    """
+    if tokens is None:
+        return None
+    rows = torch.atleast_2d(tokens).to(dtype=torch.long, device=t3.device)
+    if rows.dim() != 2 or rows.shape[0] not in (1, 2) or not bool((rows == rows[:1]).all()):
+        raise ValueError(
+            "chatterbox_fast: initial_speech_tokens must be (n,), (1, n) or (2, n) with equal "
+            f"rows, got shape {tuple(tokens.shape)}"
+        )
+    vocabulary = t3.speech_emb.num_embeddings
+    if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= vocabulary):
+        raise ValueError(f"chatterbox_fast: initial_speech_tokens must be in [0, {vocabulary})")
+    return rows[:1]
 
 
 def check_max_new_tokens(t3: Any, max_new_tokens: int | None) -> int:

@@ -118,7 +118,7 @@ def why_unsupported(t3: Any) -> str | None:
     Checks what the module is, not which release it came from: its class, configuration, layer
     types, shapes, dtype, devices and hooks.
     """
-    if type(t3).__qualname__ != "T3" or not isinstance(t3, nn.Module):
+    if not isinstance(t3, nn.Module) or not _is(t3, "T3", "chatterbox."):
         return f"t3 is a {type(t3).__qualname__}, not Chatterbox's T3"
     if t3.training:
         return "the module is in training mode"
@@ -127,11 +127,18 @@ def why_unsupported(t3: Any) -> str | None:
     if t3.hp.is_multilingual and _has_alignment_analyzer(t3):
         return "no engine yet for this release's multilingual alignment analysis"
     return (
-        _why_not_inference(t3)
+        _why_not_inference(type(t3))
         or _why_not_config(t3)
-        or _why_not_modules(t3)
+        or _why_not_layers(t3)
+        or _why_not_called(t3)
         or _why_not_tensors(t3)
+        or _why_not_autocast(t3)
     )
+
+
+def _is(thing: Any, name: str, package: str) -> bool:
+    """Whether `thing` is exactly of the class `name` of `package`, not of a subclass."""
+    return type(thing).__qualname__ == name and type(thing).__module__.startswith(package)
 
 
 def _has_alignment_analyzer(t3: Any) -> bool:
@@ -139,18 +146,25 @@ def _has_alignment_analyzer(t3: Any) -> bool:
     return hasattr(module, "AlignmentStreamAnalyzer")
 
 
-def _why_not_inference(t3: Any) -> str | None:
+def _why_not_inference(stock_class: type) -> str | None:
     # The class's method, not the instance's attribute, which may be our own replacement.
-    parameters = set(inspect.signature(type(t3).inference).parameters)
+    method = stock_class.inference  # type: ignore[attr-defined]
+    parameters = set(inspect.signature(method).parameters)
     if parameters != INFERENCE_PARAMETERS:
         odd = ", ".join(sorted(parameters ^ INFERENCE_PARAMETERS))
         return f"T3.inference has another signature than the releases we know: {odd}"
+    while hasattr(method, "__wrapped__"):
+        if "torch" not in method.__code__.co_filename:  # stock's own wrapper is inference_mode's
+            return "T3.inference is wrapped by someone else"
+        method = method.__wrapped__
+    if method.__code__.co_filename != inspect.getsourcefile(stock_class):
+        return "T3.inference was replaced on the class"
     return None
 
 
 def _why_not_config(t3: Any) -> str | None:
     config, rotary = t3.cfg, getattr(t3.tfmr, "rotary_emb", None)
-    if type(t3.tfmr).__qualname__ != "LlamaModel" or rotary is None:
+    if not _is(t3.tfmr, "LlamaModel", "transformers.") or rotary is None:
         return f"the backbone is a {type(t3.tfmr).__qualname__}, not transformers' LlamaModel"
     if config.hidden_act != "silu":
         return f"hidden_act is {config.hidden_act!r}, not 'silu'"
@@ -160,24 +174,40 @@ def _why_not_config(t3: Any) -> str | None:
         return f"rotary type {rotary.rope_type!r} depends on the length"
     if t3.speech_pos_emb is None or t3.hp.input_pos_emb != "learned":
         return "the speech positions are not learned embeddings"
-    if t3.speech_head.bias is not None:
-        return "the speech head has a bias"
     return None
 
 
-def _why_not_modules(t3: Any) -> str | None:
+def _why_not_layers(t3: Any) -> str | None:
+    linears = {"speech_head": t3.speech_head}
+    norms = {"norm": t3.tfmr.norm}
     for number, layer in enumerate(t3.tfmr.layers):
         for part, names in _PROJECTIONS.items():
             for name in names:
-                projection = getattr(getattr(layer, part), name)
-                if type(projection) is not nn.Linear or projection.bias is not None:
-                    kind = type(projection).__qualname__
-                    return f"layer {number}'s {name} is a {kind}, not a Linear without bias"
-    watched = (t3.tfmr, t3.speech_head, t3.speech_emb, t3.speech_pos_emb)
-    for module in (child for root in watched for child in root.modules()):
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if any(not _belongs_to_transformers(hook) for hook in hooks):
-            return f"a forward hook on a {type(module).__qualname__} would not be called"
+                linears[f"layer {number}'s {name}"] = getattr(getattr(layer, part), name)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            norms[f"layer {number}'s {name}"] = getattr(layer, name)
+    for name, linear in linears.items():
+        if type(linear) is not nn.Linear or linear.bias is not None:
+            return f"{name} is a {type(linear).__qualname__}, not a Linear without bias"
+    for name, norm in norms.items():
+        if not _is(norm, "LlamaRMSNorm", "transformers."):
+            return f"{name} is a {type(norm).__qualname__}, not transformers' LlamaRMSNorm"
+    for name, table in (("speech_emb", t3.speech_emb), ("speech_pos_emb", t3.speech_pos_emb.emb)):
+        if type(table) is not nn.Embedding:
+            return f"{name} is a {type(table).__qualname__}, not an Embedding"
+    return None
+
+
+def _why_not_called(t3: Any) -> str | None:
+    """Hooks, and forwards that somebody put on an instance, which the engine would not call."""
+    for root in (t3.tfmr, t3.speech_head, t3.speech_emb, t3.speech_pos_emb):
+        for module in root.modules():
+            kind = type(module).__qualname__
+            if "forward" in vars(module):
+                return f"the forward of a {kind} is replaced and would not be called"
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if any(not _belongs_to_transformers(hook) for hook in hooks):
+                return f"a forward hook on a {kind} would not be called"
     return None
 
 
@@ -186,12 +216,18 @@ def _belongs_to_transformers(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
+def _why_not_autocast(t3: Any) -> str | None:
+    return "torch.autocast is on" if torch.is_autocast_enabled(t3.device.type) else None
+
+
 def _why_not_tensors(t3: Any) -> str | None:
     parameters = list(t3.parameters())
     dtypes = {str(p.dtype) for p in parameters}
-    if not dtypes <= {"torch.float32"} and not dtypes <= {"torch.float64"}:
+    if dtypes not in ({"torch.float32"}, {"torch.float64"}):
         return f"T3's weights are {', '.join(sorted(dtypes))}; the exact engine takes float32"
     devices = {str(p.device) for p in parameters}
+    if dtypes == {"torch.float64"} and devices != {"cpu"}:
+        return "float64 is supported on a CPU alone"
     if len(devices) != 1 or devices == {"meta"}:
         return f"T3's weights are on {', '.join(sorted(devices))}; the engine takes one device"
     width = t3.cfg.num_attention_heads * _head_dim(t3.cfg)

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
-import soundfile
 import torch
 from torch import Tensor
 
-from chatterbox_fast import patched
+from chatterbox_fast import patched, report
 from chatterbox_fast.t3.prefill import prefix_embeds
 from chatterbox_fast.testing import VOICE_PROMPT, random_model
 
 TEXT = "Hello there, my friend."
-
-
-@pytest.fixture(scope="module")
-def other_voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped prompt a third higher and faster: another voice to every encoder."""
-    samples, rate = soundfile.read(VOICE_PROMPT)
-    path = tmp_path_factory.mktemp("voice") / "other.wav"
-    soundfile.write(path, numpy.tile(samples, 2), int(rate * 1.3))
-    return path
 
 
 def after_seed(model: Any, seed: int, **arguments: Any) -> Tensor:
@@ -106,7 +96,6 @@ def test_exaggeration_belongs_to_its_request(english: Any, monkeypatch: pytest.M
         for exaggeration in (0.5, 1.25, 0.5):
             english.generate(TEXT, exaggeration=exaggeration, seed=9)
     assert used == [0.5, 1.25, 0.5]
-    assert float(english.conds.t3.emotion_adv) == 0.5
 
 
 def test_cfg_weight_zero_works(english: Any) -> None:
@@ -174,20 +163,135 @@ def test_a_model_without_a_voice_says_so(english: Any) -> None:
         english.generate(TEXT)
 
 
-def test_subclasses_with_keywords_are_patched(english: Any) -> None:
-    class Louder(type(english)):
-        def generate(self, text: str, gain: float = 1.0, **stock: Any) -> Tensor:
-            return super().generate(text, **stock) * gain
+def as_subclass(english: Any, **methods: Any) -> Any:
+    model = object.__new__(type("Custom", (type(english),), methods))
+    vars(model).update(vars(english))
+    return model
 
-    plain = after_seed(english, 3, text=TEXT, temperature=0.9)
-    louder = object.__new__(Louder)
-    vars(louder).update(vars(english))
-    with patched(louder):
-        assert list(inspect.signature(louder.generate).parameters) == [
+
+def test_subclasses_are_called_as_they_are(english: Any, other_voice: Path) -> None:
+    stock = type(english)
+    expected = after_seed(english, 3, text=TEXT, temperature=0.9)
+    voiced = after_seed(copy.copy(english), 3, text=TEXT, audio_prompt_path=other_voice)
+
+    def keywords(self: Any, text: str, gain: float = 1.0, **rest: Any) -> Tensor:
+        return stock.generate(self, text, **rest) * gain
+
+    with patched(as_subclass(english, generate=keywords)) as model:
+        assert list(inspect.signature(model.generate).parameters) == [
             "text",
             "gain",
             "seed",
-            "stock",
+            "rest",
         ]
-        wav = louder.generate(TEXT, gain=2.0, temperature=0.9, seed=3)
-    assert torch.equal(wav, plain * 2.0)
+        assert torch.equal(model.generate(TEXT, gain=2.0, temperature=0.9, seed=3), expected * 2)
+
+    def anything(self: Any, *args: Any, **rest: Any) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return stock.generate(self, *args, **rest)
+
+    with patched(as_subclass(english, generate=anything)) as model:
+        assert torch.equal(model.generate(TEXT, temperature=0.9, seed=3), expected)
+        assert torch.equal(model.generate(text=TEXT, temperature=0.9, seed=3), expected)
+        assert model.calls == 2
+
+    def required_voice(self: Any, text: str, audio_prompt_path: Path) -> Tensor:
+        return stock.generate(self, text, audio_prompt_path=audio_prompt_path)
+
+    with patched(as_subclass(english, generate=required_voice)) as model:
+        before = model.conds
+        assert torch.equal(model.generate(TEXT, other_voice, seed=3), voiced)
+        assert model.conds is not before, "the voice stays, as in stock"
+
+
+def test_subclasses_with_a_seed_or_a_recursion(english: Any) -> None:
+    stock = type(english)
+    expected = after_seed(english, 3, text=TEXT)
+
+    def own_seed(self: Any, text: str, seed: int = 0) -> Tensor:
+        assert seed == 3
+        return stock.generate(self, text)
+
+    with patched(as_subclass(english, generate=own_seed)) as model:
+        assert torch.equal(model.generate(TEXT, seed=3), expected)
+
+    def in_parts(self: Any, text: str) -> Tensor:
+        if "|" not in text:
+            return stock.generate(self, text)
+        return torch.cat([self.generate(part) for part in text.split("|")], dim=1)
+
+    torch.manual_seed(3)
+    recursive = as_subclass(english, generate=in_parts)
+    both = recursive.generate(f"{TEXT}|{TEXT}")
+    with patched(recursive) as model:
+        state = torch.get_rng_state()
+        assert torch.equal(model.generate(f"{TEXT}|{TEXT}", seed=3), both)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def in_pieces(self: Any, text: str) -> Any:
+        yield stock.generate(self, text)
+
+    with patched(as_subclass(english, generate=in_pieces)) as model:
+        assert report(model)[0].why == "generate() is a generator or a coroutine"
+
+
+def test_a_method_on_the_instance_is_called(english: Any, other_voice: Path) -> None:
+    """A function that somebody put on the instance works on that instance alone."""
+    used = []
+
+    def prepare(path: Path, **options: Any) -> None:
+        used.append(path)
+        type(english).prepare_conditionals(english, path, **options)
+
+    expected = after_seed(copy.copy(english), 3, text=TEXT, audio_prompt_path=other_voice)
+    english.prepare_conditionals = prepare
+    try:
+        with patched(english):
+            wav = english.generate(TEXT, audio_prompt_path=other_voice, seed=3)
+    finally:
+        del english.prepare_conditionals
+    assert used == [other_voice]
+    assert torch.equal(wav, expected)
+
+
+def test_the_exaggeration_stays_as_in_stock(english: Any) -> None:
+    with patched(english):
+        english.generate(TEXT, exaggeration=1.25, seed=1)
+    assert float(english.conds.t3.emotion_adv) == 1.25
+
+
+def test_multilingual_requests_at_once() -> None:
+    """Stock keeps a request's state on the module: alone it mixes requests up, or crashes."""
+    model = random_model("multilingual", "tiny", stop_after=10)
+    model.prepare_conditionals(VOICE_PROMPT)
+    texts = ["Hello.", "Hello there, my good old friend."]
+    arguments = {"language_id": "en"}
+    with patched(model):
+        alone = [model.generate(text, seed=n, **arguments) for n, text in enumerate(texts)]
+        results: dict[int, Tensor] = {}
+
+        def speak(number: int) -> None:
+            results[number] = model.generate(texts[number], seed=number, **arguments)
+
+        threads = [threading.Thread(target=speak, args=(n,)) for n in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, expected in enumerate(alone):
+        assert torch.equal(results[number], expected), number
+
+
+@pytest.mark.gpu
+def test_seeds_on_a_gpu() -> None:
+    model = random_model("english", "tiny", stop_after=12, device="cuda")
+    arguments = {"text": TEXT, "audio_prompt_path": VOICE_PROMPT}
+    expected = after_seed(model, 21, **arguments)
+    with patched(model):
+        cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state()
+        got = model.generate(**arguments, seed=21)
+        assert torch.equal(torch.get_rng_state(), cpu)
+        assert torch.equal(torch.cuda.get_rng_state(), cuda)
+    # The same tokens and noise; the convolutions of two runs may differ in rounding.
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() < 1e-3

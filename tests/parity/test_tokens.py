@@ -107,10 +107,11 @@ def test_across_a_growth_of_the_cache(t3_cond: Any) -> None:
 
 def test_initial_speech_tokens(t3_cond: Any) -> None:
     t3 = random_t3("english", "tiny")
-    initial = torch.tensor([[6561, 5, 9], [6561, 5, 9]])
-    assert_equal_runs(
-        t3, t3_cond, TEXTS[0], 5, max_new_tokens=10, initial_speech_tokens=initial, **DEFAULTS
-    )
+    rows = torch.tensor([[6561, 5, 9], [6561, 5, 9]])
+    settings = {"max_new_tokens": 10, **DEFAULTS}
+    tokens = assert_equal_runs(t3, t3_cond, TEXTS[0], 5, initial_speech_tokens=rows, **settings)
+    one = our_tokens(t3, t3_cond, TEXTS[0], 5, initial_speech_tokens=rows[0], **settings)
+    assert torch.equal(one, tokens)
 
 
 def test_float64_weights(t3_cond: Any) -> None:

@@ -1,0 +1,230 @@
+"""cfg_sample's CUDA source: run on the CPU thread by thread, and compiled by nvcc for every GPU."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from host_cuda import build
+from test_cfg_sample import STOP, VOCABULARY, random_case
+from toolkit import cuda_toolkit
+from torch import Tensor
+
+from chatterbox_fast import reference
+from chatterbox_fast.ops import SamplingParams
+
+ROOT = Path(__file__).resolve().parent.parent
+DRIVER = build.HERE / "cfg_sample.cpp"
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Call:
+    """One call of the op, by the kernel and by the reference."""
+
+    logits: Tensor  # (R or 2R, V)
+    seen: Tensor
+    params: Tensor
+    philox: Tensor
+    stop_action: Tensor | None = None
+    turbo: bool = False
+    stop_token: int = 0
+    forget: int = -1
+    few_threads: bool = False
+    flags: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.flags = torch.zeros(len(self.seen), dtype=torch.int32)
+
+    @property
+    def threads(self) -> int:
+        return reference.philox_threads(self.seen.shape[1], 2**31)
+
+    def by_kernel(self, **run: Any) -> tuple[Any, build.Outcome]:
+        rows, vocabulary = self.seen.shape
+        guided = len(self.logits) == 2 * rows
+        sizes = [
+            *(rows, vocabulary, guided, self.turbo, self.stop_token, self.forget, self.threads),
+            *(self.few_threads, DTYPES[self.logits.dtype], self.stop_action is not None),
+        ]
+        bits = self.logits.view(torch.int16) if self.logits.element_size() == 2 else self.logits
+        action = self.stop_action if self.stop_action is not None else torch.zeros(1)
+        arrays = [np.array(sizes, np.int64)]
+        arrays += [
+            tensor.clone().numpy()
+            for tensor in (bits, self.seen, self.params, self.flags, self.philox, action)
+        ]
+        arrays.append(np.full(rows, -1, np.int64))
+        outcome = build.run(DRIVER, arrays, **run)
+        _, _, seen, _, flags, philox, _, token = arrays
+        return (token.tolist(), seen.tolist(), flags.tolist(), philox.tolist()), outcome
+
+    def by_reference(self) -> Any:
+        vocabulary = self.seen.shape[1]
+        seen, flags, philox = self.seen.clone(), self.flags.clone(), self.philox.clone()
+        noise = reference.philox_exponential(philox, vocabulary, self.threads)
+        token = reference.cfg_sample(
+            self.logits, seen, self.params, flags, noise, stop_token=self.stop_token,
+            stop_action=self.stop_action, turbo=self.turbo, forget=self.forget,
+        )  # fmt: skip
+        philox[:, 1] += reference.philox_increment(vocabulary, self.threads)
+        return token.tolist(), seen.tolist(), flags.tolist(), philox.tolist()
+
+    def check(self, **run: Any) -> None:
+        got, outcome = self.by_kernel(**run)
+        assert outcome == build.Outcome()
+        assert got == self.by_reference()
+
+
+def real_call(number: int) -> Call:
+    """Stock's shapes, and parameters of every kind."""
+    source = random.Random(number)
+    case = random_case(source, turbo=bool(number % 2))
+    philox = torch.tensor([[source.getrandbits(62), 4 * source.getrandbits(20)]])
+    action = torch.tensor([source.choice([0, 0, 1, 2])], dtype=torch.int32)
+    return Call(
+        case.logits, case.seen, case.p.pack(torch.float32, CPU), philox, action,
+        bool(number % 2), STOP, source.choice([-1, 6561]),
+    )  # fmt: skip
+
+
+def small_call(p: SamplingParams, rows: int = 2, turbo: bool = False) -> Call:
+    """301 ids, which five items of 64 threads hold."""
+    source = torch.Generator().manual_seed(rows)
+    logits = torch.randn(2 * rows, 301, generator=source) * 3
+    seen = torch.rand(rows, 301, generator=source) < 0.1
+    philox = torch.randint(0, 2**40, (rows, 2), generator=source) // 4 * 4
+    params = p.pack(torch.float32, CPU).repeat(rows, 1)
+    return Call(logits, seen, params, philox, None, turbo, 300, -1, few_threads=True)
+
+
+@pytest.mark.parametrize("start", range(0, 100, 25))
+def test_real_shapes_in_every_order(start: int) -> None:
+    for number in range(start, start + 25):
+        order: Any = ("ascending", "descending", "shuffled")[number % 3]
+        real_call(number).check(order=order, seed=number)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Half-precision logits are full of ties."""
+    for number in range(12):
+        call = real_call(number)
+        call.logits = call.logits.to(dtype)
+        call.check(order="shuffled", seed=number)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 31, 1024, 9216, 9217, 65536])
+def test_odd_vocabularies(vocabulary: int) -> None:
+    source = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(6, vocabulary, generator=source) * 3
+    seen = torch.rand(3, vocabulary, generator=source) < 0.3
+    params = torch.cat([
+        SamplingParams().pack(torch.float32, CPU),
+        SamplingParams(0.3, 1.5, 1.2, 0.0, 0.9, 0).pack(torch.float32, CPU),
+        SamplingParams(0.0, 0.7, 2.0, 0.0, 0.7, 40).pack(torch.float32, CPU),
+    ])  # fmt: skip
+    philox = torch.tensor([[1, 0], [-5, 8], [2**62, 4096]])
+    Call(logits, seen, params, philox).check()
+
+
+def test_rows_that_cannot_be_drawn_from() -> None:
+    logits = torch.randn(4, VOCABULARY)
+    logits[0, 17], logits[1, 8000], logits[2] = float("nan"), float("inf"), -float("inf")
+    seen = torch.zeros(4, VOCABULARY, dtype=torch.bool)
+    params = SamplingParams(0.0).pack(torch.float32, CPU).repeat(4, 1)
+    call = Call(logits, seen, params, torch.zeros(4, 2, dtype=torch.long))
+    call.check()
+    assert call.by_kernel()[0][2] == [reference.FAILED] * 3 + [0]
+
+
+TIED = (
+    SamplingParams(0, 1, 1, 0.0, 1.0, 2),
+    SamplingParams(0, 1, 1, 1.0, 1.0, 0),
+    SamplingParams(0, 1, 1, 0.0, 0.6, 0),
+    SamplingParams(0, 1, 1, 0.0, 0.4, 3),
+    SamplingParams(0, 1, 1, 0.0, 0.0, 0),
+)
+
+
+@pytest.mark.parametrize("p", TIED, ids=str)
+def test_ties(p: SamplingParams) -> None:
+    logits = torch.full((64, 301), -20.0)
+    logits[:, [10, 20, 30, 40]] = 1.0
+    logits[:, [50, 60]] = torch.tensor([0.0, -0.0])
+    seen = torch.zeros(64, 301, dtype=torch.bool)
+    params = p.pack(torch.float32, CPU).repeat(64, 1)
+    philox = torch.arange(64)[:, None] * torch.tensor([1, 4])
+    Call(logits, seen, params, philox, few_threads=True).check()
+
+
+VARIED = (
+    (SamplingParams(), False),
+    (SamplingParams(0.7, 1.5, 1.1, 0.02, 0.8, 50), False),
+    (SamplingParams(0.0, 1.5, 0.8, 0.0, 0.95, 100), True),
+)
+
+
+@pytest.mark.parametrize("order", build.ORDERS)
+@pytest.mark.parametrize(("p", "turbo"), VARIED, ids=str)
+def test_address_and_undefined_behaviour_sanitizers(p: Any, turbo: bool, order: Any) -> None:
+    small_call(p, turbo=turbo).check(variant="asan", order=order, seed=3)
+
+
+def test_address_sanitizer_at_stocks_size() -> None:
+    for number in range(2):
+        real_call(number).check(variant="asan", order="shuffled", seed=number)
+
+
+@pytest.mark.parametrize(("p", "turbo"), VARIED, ids=str)
+def test_thread_sanitizer(p: Any, turbo: bool) -> None:
+    small_call(p, turbo=turbo).check(variant="tsan", order="shuffled", seed=3)
+
+
+# ---- nvcc
+
+ARCHS = ("75", "80", "89", "90", "120")
+SOURCE = """
+#include "kernels/cfg_sample.cuh"
+using namespace chatterbox_fast;
+template rt::Error chatterbox_fast::launch_cfg_sample(const CfgSampleArgs<float>&, rt::Stream);
+template rt::Error chatterbox_fast::launch_cfg_sample(const CfgSampleArgs<rt::half>&, rt::Stream);
+template rt::Error chatterbox_fast::launch_cfg_sample(const CfgSampleArgs<rt::bfloat16>&,
+                                                      rt::Stream);
+"""
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
+    """For stock's vocabularies no register is spilled; shared memory is as its contract says."""
+    source = tmp_path / "cfg_sample.cu"
+    source.write_text(SOURCE)
+    done = subprocess.run(
+        [cuda_toolkit() / "bin" / "nvcc", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-O3",
+         "--fmad=false", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}",
+         str(source), "-o", str(tmp_path / "out.cubin")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    if arch not in ("89", "90"):
+        return
+    facts = re.findall(
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+        r".*?(\d+) bytes smem",
+        done.stderr,
+        re.DOTALL,
+    )
+    assert len(facts) == 6
+    for name, spilled, registers, shared in facts:
+        assert int(registers) <= 64, "1024 threads share 65536 registers"
+        assert 0 <= int(shared) - 8 * (32 + 256 + 2) <= 16, "the three arrays, and alignment"
+        if "Li9E" in name:
+            assert int(spilled) == 0, name
