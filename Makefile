@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 RESULTS_DIR ?= bench/results
 
-.PHONY: demo test lint format pytest test-full-size test-head test-stock-pins \
+.PHONY: demo bench test lint format pytest test-full-size test-head test-stock-pins \
         gpu-check gpu-build gpu-test gpu-sanitize gpu-bench tables clean
 
 demo: $(VENV)/.ready
@@ -87,8 +87,15 @@ gpu-sanitize:
 
 gpu-bench:
 	mkdir -p $(RESULTS_DIR)
+	cd build && $(ON_GPU) -m pytest -c ../pyproject.toml --rootdir .. ../bench --benchmark-only \
+	  --benchmark-json=$(abspath $(RESULTS_DIR))/bench-cuda.json
 	cd build && $(ON_GPU) -m chatterbox_fast.cli demo --size full --tokens 250 --device cuda \
 	  --out demo_out --json $(abspath $(RESULTS_DIR))/demo-cuda.json
+
+# Every benchmark: RESULTS_DIR gets the raw JSON.
+bench: $(VENV)/.ready
+	mkdir -p $(RESULTS_DIR)
+	$(BIN)/pytest bench --benchmark-only --benchmark-json=$(RESULTS_DIR)/bench.json $(ARGS)
 
 # README's tables, from the raw results.
 tables: $(VENV)/.ready

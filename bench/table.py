@@ -1,7 +1,8 @@
-"""README's tables, rendered from the raw results: python -m bench.table [--check]
+"""README's tables and their picture, rendered from the raw results: python -m bench.table [--check]
 
 A table stands between ``<!-- table: FILE -->`` and ``<!-- end -->``, FILE relative to
-bench/results.
+bench/results: a `chatterbox-fast demo --json` file, or one of ``pytest bench --benchmark-json``,
+which is drawn as FILE.png too.
 """
 
 from __future__ import annotations
@@ -45,24 +46,77 @@ def demo_table(raw: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def bench_table(raw: dict[str, Any]) -> str:
+    """The markdown table of a pytest-benchmark file: a row for each case and implementation."""
+    rows = ["| case | implementation | median | p20 – p80 | stock / it |", "|---|---|---|---|---|"]
+    for case, medians in by_case(raw).items():
+        for info in medians.values():
+            ratio = medians["stock"]["median_us"] / info["median_us"]
+            rows.append(
+                f"| {case} | {info['implementation']} | {info['median_us']:.0f} µs | "
+                f"{info['p20_us']:.0f} – {info['p80_us']:.0f} | {ratio:.2f}× |"
+            )
+    machine, commit = raw["machine_info"]["measured"], raw["commit_info"]
+    dirty = "+" if commit["dirty"] else ""
+    timing = raw["benchmarks"][0]["extra_info"]["timing"]
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"{timing}, {raw['datetime'][:10]}, commit {commit['id'][:7]}{dirty}.",
+        ]
+    )
+
+
+def by_case(raw: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """case -> implementation -> what `timing.measure` noted."""
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for benchmark in raw["benchmarks"]:
+        info = benchmark["extra_info"]
+        cases.setdefault(f"{info['case']}, {info['device']}", {})[info["implementation"]] = info
+    return cases
+
+
+def draw(raw: dict[str, Any], path: Path) -> None:
+    """A bar for each implementation, grouped by case, on a logarithmic axis."""
+    from matplotlib import pyplot
+
+    cases = by_case(raw)
+    figure, axes = pyplot.subplots(1, len(cases), figsize=(3.2 * len(cases), 3), sharey=True)
+    for axis, (case, medians) in zip(axes, cases.items(), strict=True):
+        axis.bar(list(medians), [info["median_us"] for info in medians.values()])
+        axis.set_title(case, fontsize=8)
+        axis.set_yscale("log")
+        axis.tick_params(axis="x", labelrotation=30, labelsize=7)
+    axes[0].set_ylabel("median, µs")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
 def render(text: str) -> str:
     """`text` with every table in it made anew."""
 
     def table(match: re.Match[str]) -> str:
         raw = json.loads((RESULTS / match.group(2)).read_text())
-        return f"{match.group(1)}{demo_table(raw)}\n{match.group(3)}"
+        made = bench_table(raw) if "benchmarks" in raw else demo_table(raw)
+        return f"{match.group(1)}{made}\n{match.group(3)}"
 
     return _TABLE.sub(table, text)
 
 
 def main(arguments: list[str]) -> int:
-    """Rewrites README.md, or with --check says whether it is up to date."""
+    """Rewrites README.md and the pictures, or with --check says whether README is up to date."""
     readme = ROOT / "README.md"
     text = readme.read_text()
     fresh = render(text)
     if "--check" in arguments:
         return int(fresh != text)
     readme.write_text(fresh)
+    for name in (match.group(2) for match in _TABLE.finditer(text)):
+        raw = json.loads((RESULTS / name).read_text())
+        if "benchmarks" in raw:
+            draw(raw, RESULTS / f"{name}.png")
     return 0
 
 

@@ -1,0 +1,52 @@
+"""One op, one name: in the schema, the kernel, both bindings, Triton, reference, tests, bench."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from chatterbox_fast import dispatch, ops, reference
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMAS = re.findall(r'library\.def\(\s*"(\w+)\(', (ROOT / "csrc/registration.cpp").read_text())
+PLACES = (
+    "csrc/kernels/{}.cuh",
+    "csrc/cuda/{}.cu",
+    "csrc/cpu/{}.cpp",
+    "triton_kernels/{}.py",
+    "tests/host_cuda/{}.cpp",
+    "tests/test_{}.py",
+    "bench/bench_{}.py",
+)
+
+
+def test_there_are_schemas() -> None:
+    assert SCHEMAS == ["cfg_sample"]
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_every_op_is_everywhere(op: str) -> None:
+    missing = [place.format(op) for place in PLACES if not (ROOT / place.format(op)).is_file()]
+    assert missing == []
+    assert op in dispatch.OPS
+    for module in (ops, reference):
+        assert getattr(module, op).__doc__
+
+
+@pytest.mark.parametrize("folder", ["csrc/kernels", "csrc/cuda", "csrc/cpu", "triton_kernels"])
+def test_no_file_is_of_an_unknown_op(folder: str) -> None:
+    shared = {"runtime", "common", "torch_random", "build_info", "__init__"}
+    stems = {path.stem for path in (ROOT / folder).iterdir() if path.is_file()}
+    assert stems - shared <= set(SCHEMAS)
+
+
+def test_kernels_are_torch_free_and_portable() -> None:
+    """Launches, PTX and shared memory are runtime.h's; a kernel file opens with its contract."""
+    forbidden = re.compile(r"<<<|\basm\b|__shared__|<torch|<ATen|<c10|cooperative_groups")
+    for path in (ROOT / "csrc/kernels").iterdir():
+        text = path.read_text()
+        assert text.startswith("// "), path
+        if path.name != "runtime.h":
+            assert not forbidden.search(text), path
