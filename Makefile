@@ -70,7 +70,7 @@ gpu-build:
 	  --no-compile --target $(SITE) $(WHEELS)/*.whl; fi
 	CHATTERBOX_FAST_CUDA=1 PYTHONPATH=$(SITE) $(PYTHON) -m pip install -q --no-index --no-deps \
 	  --no-build-isolation --upgrade --target $(SITE) .
-	cd build && $(ON_GPU) -m chatterbox_fast.cli doctor
+	cd build && $(ON_GPU) -m chatterbox_fast doctor
 
 gpu-test:
 	mkdir -p $(RESULTS_DIR)
@@ -89,7 +89,7 @@ gpu-bench:
 	mkdir -p $(RESULTS_DIR)
 	cd build && $(ON_GPU) -m pytest -c ../pyproject.toml --rootdir .. ../bench --benchmark-only \
 	  --benchmark-json=$(abspath $(RESULTS_DIR))/bench-cuda.json
-	cd build && $(ON_GPU) -m chatterbox_fast.cli demo --size full --tokens 250 --device cuda \
+	cd build && $(ON_GPU) -m chatterbox_fast demo --size full --tokens 250 --device cuda \
 	  --out demo_out --json $(abspath $(RESULTS_DIR))/demo-cuda.json
 
 # Every benchmark: RESULTS_DIR gets the raw JSON.

@@ -12,6 +12,7 @@ import soundfile
 import torch
 from chatterbox.tts import ChatterboxTTS
 
+import chatterbox_fast
 from chatterbox_fast import demo
 from chatterbox_fast.cli import main
 
@@ -95,6 +96,12 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for name in ("torch", "chatterbox-tts", "Perth", "extension: cuda", "cfg_sample"):
         assert name in out
+
+
+def test_it_runs_as_a_module(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "chatterbox_fast", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == chatterbox_fast.__version__
 
 
 def test_readmes_tables_are_the_raw_results() -> None:

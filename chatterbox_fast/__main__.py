@@ -1,0 +1,7 @@
+"""python -m chatterbox_fast: the `chatterbox-fast` command."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
