@@ -82,22 +82,35 @@ void keep_min_p(std::vector<float>& scores, float top, float min_p) {
   }
 }
 
+struct Candidate {
+  float score, mass;
+  int32_t id;
+
+  bool operator<(const Candidate& other) const {  // of equals the lower id stays longer
+    return score != other.score ? score < other.score : id > other.id;
+  }
+};
+
+// Walks down from the likeliest: an id goes, and all below it, where it and they have at most
+// 1 - top_p of the mass. A heap orders only the ids that stay.
 void keep_top_p(std::vector<float>& scores, float top, float one_minus_top_p) {
   if (one_minus_top_p <= 0.0f) return;
-  std::vector<std::pair<float, int32_t>> kept;
-  double total = 0.0;
+  std::vector<Candidate> candidates;
+  double total = 0.0, above = 0.0;
   for (size_t i = 0; i < scores.size(); ++i) {
     if (scores[i] == kNever) continue;
-    kept.emplace_back(scores[i], -static_cast<int32_t>(i));  // of equals the higher id goes first
-    total += std::exp(scores[i] - top);
+    candidates.push_back({scores[i], std::exp(scores[i] - top), static_cast<int32_t>(i)});
+    total += candidates.back().mass;
   }
-  std::sort(kept.begin(), kept.end());
-  double sum = 0.0;
-  for (size_t i = 0; i + 1 < kept.size(); ++i) {
-    sum += std::exp(kept[i].first - top);
-    if (sum > one_minus_top_p * total) break;
-    scores[-kept[i].second] = kNever;
+  std::make_heap(candidates.begin(), candidates.end());
+  auto rest = candidates.end();
+  for (; rest != candidates.begin(); --rest) {
+    const bool first = rest == candidates.end();
+    if (!first && total - above <= one_minus_top_p * total) break;
+    above += candidates.front().mass;
+    std::pop_heap(candidates.begin(), rest);
   }
+  for (auto gone = candidates.begin(); gone != rest; ++gone) scores[gone->id] = kNever;
 }
 
 // Stock's chain from logits to the scores that are drawn from; false where the row cannot be drawn.
