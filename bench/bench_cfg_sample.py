@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from timing import measure
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -17,8 +18,6 @@ from transformers.generation.logits_process import (
 
 from chatterbox_fast import dispatch, ops
 from chatterbox_fast.ops import SamplingParams
-
-from .timing import measure
 
 ENGLISH = SamplingParams()
 NUCLEUS = SamplingParams(top_p=0.9, min_p=0.0)

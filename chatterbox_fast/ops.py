@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from . import dispatch, reference
 from .options import Backend
+
+MAX_VOCABULARY = 65536
+"""The most ids the kernels take."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ class SamplingParams:
         _require("temperature", self.temperature, self.temperature > 0, "> 0")
         _require("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
         _require("top_p", self.top_p, 0 <= self.top_p <= 1, "in [0, 1]")
-        _require("top_k", self.top_k, self.top_k >= 0, ">= 0")
+        _require(
+            "top_k", self.top_k, self.top_k >= 0 and self.top_k == int(self.top_k), "whole, >= 0"
+        )
 
     def pack(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The row ``(1, 6)`` that ops read.
@@ -64,14 +70,16 @@ class SamplingParams:
             self.temperature,
             self.min_p,
             1 - self.top_p,
-            self.top_k,
+            min(self.top_k, MAX_VOCABULARY),
         ]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return torch.tensor([row], dtype=wide, device=device)
 
 
 def _require(name: str, value: float, ok: bool, must: str) -> None:
-    if not (ok and math.isfinite(value)):
+    # What is 0 or infinite as a float32 is so to the kernels.
+    rounded = ctypes.c_float(value).value
+    if not (ok and math.isfinite(rounded) and (value == 0 or rounded != 0 or name == "cfg_weight")):
         raise ValueError(f"chatterbox_fast: {name} must be finite and {must}, got {value!r}")
 
 
@@ -98,7 +106,8 @@ def cfg_sample(
             or one a row; None is torch's global one. Not used where `philox` is given.
         philox: ``(R, 2)`` int64 on the logits' device: each row's seed and offset of a CUDA
             generator, advanced in place as torch would advance it (see `rng.PhiloxStream`).
-            Needed on CUDA, where it keeps the op free of the host.
+            Needed by the kernels on CUDA, where it keeps the op free of the host; the reference
+            takes the generator too.
         backend: which implementation to prefer, see `dispatch.choose`.
 
     Returns:
@@ -107,22 +116,22 @@ def cfg_sample(
     Raises:
         RuntimeError: an argument of another shape, dtype or device than documented.
     """
-    if philox is None and logits.is_cuda:
-        raise RuntimeError("chatterbox_fast::cfg_sample: philox must be given on CUDA, got None")
     if philox is None and isinstance(generator, Sequence):
         return _row_by_row(
             logits, seen, params, flags, generator, stop_token=stop_token,
             stop_action=stop_action, turbo=turbo, forget=forget, backend=backend,
         )  # fmt: skip
     choice = dispatch.choose("cfg_sample", logits.device, backend, logits.dtype)
+    if philox is None and logits.is_cuda and choice.backend != "reference":
+        raise RuntimeError("chatterbox_fast::cfg_sample: philox must be given on CUDA, got None")
     threads = 0 if philox is None else philox_threads(seen.shape[1], logits.device)
     rules: dict[str, Any] = {"stop_token": stop_token, "turbo": turbo, "forget": forget}
     if choice.backend == "extension":
         return torch.ops.chatterbox_fast.cfg_sample.default(
-            logits, seen, params, flags, philox, stop_action, generator,
-            philox_threads=threads, **rules,
+            logits, seen, params, flags, philox, stop_action,
+            generator if philox is None else None, philox_threads=threads, **rules,
         )  # fmt: skip
-    if choice.backend == "triton":
+    if choice.backend == "triton" and philox is not None:
         from .triton_kernels.cfg_sample import cfg_sample as twin
 
         return twin(logits, seen, params, flags, philox, stop_action, threads, **rules)

@@ -47,8 +47,8 @@ def cfg_sample(
         stop_token: the id that ends a sequence.
         stop_action: ``(R,)`` int32 of `KEEP`, `SUPPRESS`, `FORCE`; None keeps all.
         turbo: Turbo's order.
-        forget: this id is taken out of `seen` after the draw; -1 is none. Turbo penalises the
-            start token on its first draw only.
+        forget: this id is taken out of `seen` before the drawn one is added; -1 is none. For
+            Turbo's first draw, which alone penalises the start token.
 
     Returns:
         ``(R,)`` int64.
@@ -78,9 +78,9 @@ def cfg_sample(
     failed = probs.isnan().any(dim=-1)
     token = (probs / noise).argmax(dim=-1).masked_fill(failed, 0)
     flags |= FAILED * failed.int() + STOPPED * ((token == stop_token) & ~failed).int()
-    seen |= torch.zeros_like(seen).scatter(-1, token[:, None], ~failed[:, None])
     if forget >= 0:
         seen[:, forget] = False
+    seen |= torch.zeros_like(seen).scatter(-1, token[:, None], ~failed[:, None])
     return token
 
 

@@ -108,7 +108,8 @@ class PhiloxStream:
 
     The generator is moved past all of them at once, so that requests which share it draw from
     different numbers; `close` moves it back to where the draws that were used leave it, unless
-    somebody else has drawn meanwhile.
+    somebody else has drawn meanwhile: then the numbers in between stay unused. So they do after a
+    request that failed, which never closes its stream.
 
     Attributes:
         state: ``(1, 2)`` int64 on the device, seed and offset; ops read and advance it.
@@ -122,12 +123,13 @@ class PhiloxStream:
         self._generator = generator or torch.cuda.default_generators[device.index or 0]
         threads = ops.philox_threads(vocabulary, device)
         self._increment = reference.philox_increment(vocabulary, threads)
+        self.state = torch.zeros(1, 2, dtype=torch.long, device=device)
         with self._lock:
             self._start = self._generator.get_offset()
             self._end = self._start + draws * self._increment
             self._generator.set_offset(self._end)
         row = [self._generator.initial_seed(), self._start]
-        self.state = torch.tensor([[_signed(word) for word in row]], device=device)
+        self.state.copy_(torch.tensor([[_signed(word) for word in row]]))
 
     def close(self, used: int) -> None:
         """Gives back the numbers that `used` draws did not need."""

@@ -222,6 +222,7 @@ def _steer_llama(t3: Any, stop_after: int | None) -> None:
     head[t3.hp.start_speech_token :] = -3.0 * go
     head[t3.hp.stop_speech_token] = 3.0 * (stop - go)
     first_stop = len(table) if stop_after is None else stop_after
+    table *= 50.0  # as large as a token's embedding: a wrong position is another token
     table[:first_stop] += 32.0 * go
     table[first_stop:] += 32.0 * stop
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import re
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from transformers.generation.logits_process import (
 from chatterbox_fast import dispatch, ops, reference
 from chatterbox_fast.ops import SamplingParams
 from chatterbox_fast.reference import FAILED, FORCE, KEEP, STOPPED, SUPPRESS
+from chatterbox_fast.rng import PhiloxStream
 
 VOCABULARY, TURBO_VOCABULARY, STOP = 8194, 6563, 6562
 CPU = torch.device("cpu")
@@ -164,6 +166,36 @@ def test_turbo_forgets_the_start_token(backend: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_turbos_penalty_may_raise_an_id_whose_probability_was_zero(backend: Any) -> None:
+    """Stock leaves top-p out at 1, so that nothing is removed before the penalty."""
+    logits = torch.full((1, TURBO_VOCABULARY), -50.0)
+    logits[0, 5], logits[0, 6] = 50.0, 10.0
+    p = SamplingParams(0.0, 10.0, 0.02, 0.0, 1.0)
+    assert Case(logits, torch.tensor([[5]]), p, turbo=True).draw(backend) == 6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_start_token_that_was_drawn_is_not_forgotten(backend: Any) -> None:
+    logits = torch.full((1, TURBO_VOCABULARY), -50.0)
+    logits[0, 6561] = 50.0
+    case = Case(logits, torch.tensor([[6561]]), TURBO, turbo=True, forget=6561)
+    assert case.draw(backend) == 6561
+    assert case.seen[0].nonzero().flatten().tolist() == [6561]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("value", "penalty"), [(-30.0, 2.0), (30.0, 0.5)])
+def test_a_penalty_that_leaves_the_range_of_floats(
+    backend: Any, value: float, penalty: float
+) -> None:
+    logits = torch.full((1, 10), value)
+    p = SamplingParams(0.0, penalty, 1e-37, 0.0, 1.0)
+    case = Case(logits, torch.arange(10)[None], p, turbo=True, stop_token=0)
+    assert case.draw(backend) == 0
+    assert int(case.flags) == FAILED
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_finite_logit(backend: Any) -> None:
     logits = torch.full((2, VOCABULARY), -math.inf)
     logits[1] = 0.0
@@ -219,12 +251,17 @@ def test_rows_draw_from_their_own_generator(backend: Any, rows: int) -> None:
     params = torch.cat([one.pack(torch.float32, CPU) for one in p])
     flags = torch.zeros(rows, dtype=torch.int32)
     before = seen.clone()
-    token = ops.cfg_sample(
-        logits, seen, params, flags, stop_token=STOP, generator=generators, backend=backend
-    )
+    arguments = (logits, seen, params, flags)
+    rules = {"stop_token": STOP, "backend": backend}
+    token = ops.cfg_sample(*arguments, generator=generators, **rules)
     assert token.tolist() == expected
     before[range(rows), expected] = True
     assert torch.equal(seen, before)
+    forced = torch.zeros(rows, dtype=torch.int32)
+    forced[-1] = FORCE
+    token = ops.cfg_sample(*arguments, generator=generators, stop_action=forced, **rules)
+    assert (token == STOP).tolist() == [False] * (rows - 1) + [True]
+    assert flags.tolist() == [0] * (rows - 1) + [STOPPED]
 
 
 def copy_of(generators: list[torch.Generator]) -> list[torch.Generator]:
@@ -283,6 +320,144 @@ def test_every_backend_draws_the_same_from_philox_counters() -> None:
         assert results[0] == results[1], case.p
 
 
+@pytest.mark.parametrize("threads", [256, 2048, 8448])
+def test_the_extension_draws_from_every_lane(threads: int) -> None:
+    """As on a GPU whose launch has fewer threads than there are ids."""
+    source = torch.Generator().manual_seed(threads)
+    logits = torch.randn(40, VOCABULARY, generator=source)
+    seen, flags = torch.zeros(40, VOCABULARY, dtype=torch.bool), torch.zeros(40, dtype=torch.int32)
+    params = SamplingParams(0, 1.0, 1.0, 0.0, 1.0).pack(torch.float32, CPU).repeat(40, 1)
+    philox = torch.randint(0, 2**40, (40, 2), generator=source) // 4 * 4
+    noise = reference.philox_exponential(philox, VOCABULARY, threads)
+    expected = reference.cfg_sample(
+        logits, seen.clone(), params, flags.clone(), noise, stop_token=STOP
+    )
+    after = philox[:, 1] + reference.philox_increment(VOCABULARY, threads)
+    token = torch.ops.chatterbox_fast.cfg_sample(
+        logits, seen, params, flags, philox, stop_token=STOP, philox_threads=threads
+    )
+    assert torch.equal(token, expected)
+    assert torch.equal(philox[:, 1], after)
+
+
+class FakeGenerator:
+    """A CUDA generator's seed and offset, on a machine without a GPU."""
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+
+    def initial_seed(self) -> int:
+        return 2**64 - 1
+
+    def get_offset(self) -> int:
+        return self.offset
+
+    def set_offset(self, offset: int) -> None:
+        self.offset = offset
+
+
+def test_a_stream_ends_where_the_used_draws_leave_the_generator() -> None:
+    generator: Any = FakeGenerator(40)
+    stream = PhiloxStream(generator, CPU, VOCABULARY, 1000)
+    assert stream.state.tolist() == [[-1, 40]]
+    other = PhiloxStream(generator, CPU, VOCABULARY, 10)
+    assert other.state[0, 1] == 40 + 4 * 1000, "requests draw from different numbers"
+    other.close(10)
+    assert generator.offset == 40 + 4 * 1010
+    stream.close(7)
+    assert generator.offset == 40 + 4 * 1010, "somebody else has drawn meanwhile"
+    alone = PhiloxStream(generator, CPU, VOCABULARY, 1000)
+    alone.close(7)
+    assert generator.offset == 40 + 4 * 1017
+
+
+def test_the_extension_gets_a_generator_or_counters_never_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passed = []
+
+    class Op:
+        @staticmethod
+        def default(*arguments: Any, **_: Any) -> Tensor:
+            passed.append(arguments[4:])
+            return torch.zeros(1, dtype=torch.long)
+
+    monkeypatch.setattr(torch.ops.chatterbox_fast, "cfg_sample", Op)
+    philox, generator = torch.zeros(1, 2, dtype=torch.long), torch.Generator()
+    Case(torch.zeros(1, 10), torch.tensor([[0]]), DEFAULT, stop_token=1).draw(
+        "cuda", philox=philox, generator=generator
+    )
+    assert passed == [(philox, None, None)]
+
+
+# ---- on a GPU
+
+on_a_gpu = [pytest.mark.gpu, pytest.mark.kernel]
+
+
+def gpu_case(source: random.Random, turbo: bool, vocabulary: int | None = None) -> Case:
+    case = random_case(source, turbo)
+    if vocabulary is not None:
+        case.logits = torch.randn(1 if turbo else 2, vocabulary)
+        case.seen = torch.zeros(1, vocabulary, dtype=torch.bool)
+        case.ids = torch.tensor([[0]])
+        case.seen[0, 0] = True
+    for name in ("logits", "ids", "seen", "flags"):
+        setattr(case, name, getattr(case, name).cuda())
+    return case
+
+
+@pytest.mark.parametrize("vocabulary", [None, 1, 300, 65536], ids=str)
+@pytest.mark.parametrize("turbo", [False, True])
+class TestOnAGpu:
+    pytestmark = on_a_gpu
+
+    def test_draws_are_stocks(self, turbo: bool, vocabulary: int | None) -> None:
+        """Id for id, and the generator's offset after."""
+        source, generator = random.Random(7), torch.Generator("cuda").manual_seed(11)
+        different = 0
+        for _ in range(1000 if vocabulary is None else 20):
+            case = gpu_case(source, turbo, vocabulary)
+            stream = PhiloxStream(generator, case.logits.device, case.logits.shape[1], 5)
+            params = case.p.pack(torch.float32, case.logits.device)
+            arguments = (case.logits, case.seen.clone(), params, case.flags)
+            token = ops.cfg_sample(*arguments, philox=stream.state, **case.rules)
+            stream.close(0)
+            scores = stock_scores(case.logits, case.ids, case.p, turbo)
+            different += int(token) != stock_draw(scores, generator)
+            assert int(stream.state[0, 1]) == generator.get_offset()
+        assert different == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.kernel
+def test_a_captured_graph_draws_on() -> None:
+    """Replays read and advance the random state, the mask and the flags in device memory."""
+    case = gpu_case(random.Random(3), False)
+    params = DEFAULT.pack(torch.float32, case.logits.device)
+    philox = torch.tensor([[5, 0]], device="cuda")
+    eager_seen, eager_philox, flags = case.seen.clone(), philox.clone(), case.flags.clone()
+    expected = [
+        int(ops.cfg_sample(case.logits, eager_seen, params, flags, philox=eager_philox,
+                           **case.rules))
+        for _ in range(8)
+    ]  # fmt: skip
+    stream = torch.cuda.Stream()
+    warm = (case.seen.clone(), params, flags.clone())
+    with torch.cuda.stream(stream):
+        ops.cfg_sample(case.logits, *warm, philox=philox.clone(), **case.rules)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token = ops.cfg_sample(case.logits, case.seen, params, flags, philox=philox, **case.rules)
+    got = []
+    for _ in range(8):
+        graph.replay()
+        got.append(int(token))
+    assert got == expected
+    assert torch.equal(case.seen, eager_seen)
+    assert torch.equal(philox, eager_philox)
+
+
 # ---- statistics
 
 
@@ -325,10 +500,16 @@ def test_frequencies_and_support() -> None:
         ("top_p", 1.5),
         ("top_p", math.nan),
         ("top_k", -1),
+        ("top_k", 0.5),
+        ("temperature", 1e-50),
+        ("repetition_penalty", 1e-50),
+        ("cfg_weight", 1e300),
     ],
 )
 def test_parameters_out_of_range_are_named(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"{name} must be finite and .*, got {value!r}"):
+    with pytest.raises(
+        ValueError, match=rf"{name} must be finite and .*, got {re.escape(repr(value))}"
+    ):
         SamplingParams(**{name: value})
 
 

@@ -39,6 +39,7 @@ class Call:
     stop_token: int = 0
     forget: int = -1
     few_threads: bool = False
+    philox_threads: int = 2**16
     flags: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,7 +47,7 @@ class Call:
 
     @property
     def threads(self) -> int:
-        return reference.philox_threads(self.seen.shape[1], 2**31)
+        return reference.philox_threads(self.seen.shape[1], self.philox_threads)
 
     def by_kernel(self, **run: Any) -> tuple[Any, build.Outcome]:
         rows, vocabulary = self.seen.shape
@@ -134,6 +135,15 @@ def test_odd_vocabularies(vocabulary: int) -> None:
     ])  # fmt: skip
     philox = torch.tensor([[1, 0], [-5, 8], [2**62, 4096]])
     Call(logits, seen, params, philox).check()
+
+
+def test_every_lane_of_the_random_numbers() -> None:
+    """As on a GPU whose launch has fewer threads than there are ids."""
+    for number in range(10):
+        call = real_call(number)
+        call.params[0, 3:] = torch.tensor([0.0, 0.0, 0.0])
+        call.philox_threads = 1024
+        call.check()
 
 
 def test_rows_that_cannot_be_drawn_from() -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
@@ -13,7 +14,7 @@ import torch
 from chatterbox.tts import ChatterboxTTS
 
 import chatterbox_fast
-from chatterbox_fast import demo
+from chatterbox_fast import demo, ops
 from chatterbox_fast.cli import main
 
 
@@ -42,12 +43,16 @@ def test_demo_compares_and_writes_what_it_says(
 def test_demo_fails_where_tokens_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from chatterbox_fast import reference
+    def greedy(
+        logits: torch.Tensor, seen: torch.Tensor, *rest: torch.Tensor, **rules: object
+    ) -> Any:
+        assert rules["stop_token"] == 6562
+        token = logits[: len(seen)].argmax(-1)
+        flags = rest[1]
+        flags.fill_(int(token == 6562))
+        return token
 
-    def greedy(logits: torch.Tensor, seen: torch.Tensor, *_: object) -> tuple:
-        return logits[: len(seen)].argmax(-1), torch.zeros(len(seen), dtype=torch.bool)
-
-    monkeypatch.setattr(reference, "cfg_sample", greedy)
+    monkeypatch.setattr(ops, "cfg_sample", greedy)
     arguments = ["--size", "tiny", "--tokens", "9", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["demo", *arguments]) == 1
     assert "tokens equal: 10 of 10" not in capsys.readouterr().out

@@ -116,7 +116,7 @@ def test_capacities() -> None:
         ({"text_tokens": torch.tensor([[255, -1, 0]])}, r"must be in \[0, 704\)"),
         ({"text_tokens": torch.tensor([[255, *[5] * 2049, 0]])}, "at most 2050 tokens long, got"),
         ({"max_new_tokens": 0}, r"max_new_tokens must be in \[1, 4099\], got 0"),
-        ({"max_new_tokens": 5000}, r"max_new_tokens must be in \[1, 4099\], got 5000"),
+        ({"max_new_tokens": 4100}, r"max_new_tokens must be in \[1, 4099\], got 4100"),
         ({"initial_speech_tokens": torch.tensor([[1, 9999]])}, r"must be in \[0, 8194\)"),
         ({"initial_speech_tokens": torch.tensor([[1], [2]])}, "with equal rows, got shape"),
         ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),

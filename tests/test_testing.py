@@ -12,7 +12,7 @@ from chatterbox.models.t3 import T3
 from chatterbox.models.t3.llama_configs import LLAMA_CONFIGS
 from chatterbox.models.tokenizers import EnTokenizer
 
-from chatterbox_fast.reference import cfg_sample
+from chatterbox_fast.ops import cfg_sample
 from chatterbox_fast.t3 import runner
 from chatterbox_fast.testing import (
     VOICE_PROMPT,
@@ -53,13 +53,13 @@ def test_logits_spread_as_trained_ones_do(
 ) -> None:
     entropies = []
 
-    def watched(logits: Any, seen: Any, params: Any, generator: Any = None) -> Any:
+    def watched(logits: Any, seen: Any, params: Any, flags: Any, **rules: Any) -> Any:
         guided = logits[:1] + params[0, 0] * (logits[:1] - logits[1:])
         p = (guided / params[0, 2]).softmax(-1)
         entropies.append(float(-(p * p.clamp_min(1e-30).log()).sum()))
-        return cfg_sample(logits, seen, params, generator)
+        return cfg_sample(logits, seen, params, flags, **rules)
 
-    monkeypatch.setattr("chatterbox_fast.reference.cfg_sample", watched)
+    monkeypatch.setattr("chatterbox_fast.ops.cfg_sample", watched)
     torch.manual_seed(1)
     t3 = random_t3("english", size)
     runner.inference(t3, t3_cond=t3_cond, text_tokens=TEXT, max_new_tokens=30)

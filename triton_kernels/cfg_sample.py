@@ -176,15 +176,16 @@ def cfg_sample_kernel(
     seed, offset = tl.load(philox + 2 * row), tl.load(philox + 2 * row + 1)
     noise = _exponential(seed, offset, ids, threads, CUDA)
     drawn = tl.argmax(tl.div_rn(_exp(scores - top, CUDA), noise), axis=0)
-    failed = (top == _ENDLESS) | (top == _NEVER)
+    failed = (top == _ENDLESS) | (tl.max(scores, axis=0) == _NEVER)
     drawn = tl.where(failed, 0, drawn)
     flag = tl.where(failed, _FAILED, tl.where(drawn == stop_token, _STOPPED, 0))
 
     tl.debug_barrier()  # all threads have read the row before one of them changes it
     tl.store(token + row, drawn.to(tl.int64))
     tl.store(flags + row, tl.load(flags + row) | flag)
-    tl.store(seen + drawn, True, mask=~failed)
     tl.store(seen + forget, False, mask=forget >= 0)
+    tl.debug_barrier()  # the drawn id stays seen, also where it is the one to forget
+    tl.store(seen + drawn, True, mask=~failed)
     increment = ((VOCABULARY - 1) // (4 * threads) + 1) * 4
     tl.store(philox + 2 * row + 1, offset + increment)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import reference
+from .. import dispatch, reference
 from ..ops import SamplingParams
 from ..options import Backend
 from ..request import current_request
@@ -80,9 +80,6 @@ def inference(
             f"chatterbox_fast: max_new_tokens must be at most {CAPACITIES[-1] - prefix} after "
             f"{prefix} positions of conditioning and text, got {limit}"
         )
-    stream = None
-    if embeds.is_cuda:
-        stream = PhiloxStream(generator, embeds.device, weights.head.shape[0], limit)
     state = DecodeState.allocate(
         weights,
         sampling,
@@ -91,17 +88,27 @@ def inference(
         max_new_tokens=limit,
         start_token=t3.hp.start_speech_token,
         stop_token=t3.hp.stop_speech_token,
-        philox=None if stream is None else stream.state,
         backend=backend,
     )
-    drawn = 0
-    try:
-        draw_token(weights, state, prefill(weights, state, embeds), generator)
-        drawn = _decode(weights, state, generator, prefix, limit)
-    finally:
-        if stream is not None:
-            stream.close(int(state.count))
+    logits = prefill(weights, state, embeds)
+    stream = _philox_stream(state, logits, generator, limit)
+    draw_token(weights, state, logits, generator)
+    drawn = _decode(weights, state, generator, prefix, limit)
+    if stream is not None:
+        stream.close(drawn)
     return state.tokens[:, :drawn].clone()
+
+
+def _philox_stream(
+    state: DecodeState, logits: Tensor, generator: torch.Generator | None, draws: int
+) -> PhiloxStream | None:
+    """On a GPU, where a kernel draws: gives `state` the generator's next numbers."""
+    backend = dispatch.choose("cfg_sample", logits.device, state.backend, logits.dtype).backend
+    if not logits.is_cuda or backend == "reference":
+        return None
+    stream = PhiloxStream(generator, logits.device, logits.shape[-1], draws)
+    state.philox = stream.state
+    return stream
 
 
 def _decode(

@@ -63,7 +63,6 @@ class DecodeState:
         max_new_tokens: int,
         start_token: int,
         stop_token: int,
-        philox: Tensor | None = None,
         backend: Backend = "auto",
     ) -> DecodeState:
         """Buffers for `prefix` prefilled positions and up to `max_new_tokens` tokens."""
@@ -86,7 +85,7 @@ class DecodeState:
             seen=seen,
             params=sampling.pack(dtype, device),
             flags=torch.zeros(1, dtype=torch.int32, device=device),
-            philox=philox,
+            philox=None,
             stop_token=stop_token,
             backend=backend,
         )

@@ -2,12 +2,11 @@
 // min-p after that. Contract: chatterbox_fast/reference.py, cfg_sample.
 //
 // Random numbers, in one of three ways:
-//   philox given      torch's CUDA stream (kernels/torch_random.cuh): deterministic, rows in
-//   parallel generator         torch.multinomial's own stream. Where this torch's exponential_
-//   draws one
-//                     53-bit number an element in index order (found out once, by trying it), the
-//                     logarithm is taken only for the ids that can still be drawn
-//   otherwise         at::exponential_ fills the noise
+// - with philox: torch's CUDA stream (kernels/torch_random.cuh), deterministic, rows in parallel;
+// - else torch.multinomial's own stream. Where this torch's exponential_ draws one 53-bit number an
+//   element in index order (found out once, by trying), the logarithm is taken only for the ids
+//   that can still be drawn;
+// - otherwise at::exponential_ fills the noise.
 #include "cfg_sample.h"
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -132,7 +131,7 @@ bool prepare(const T* cond, const T* uncond, const bool* seen, int32_t action, c
   keep_min_p(scores, top, params.min_p);
   keep_top_p(scores, top, params.one_minus_top_p);
   if (rules.turbo) penalise(scores, seen, params.penalty);
-  return true;
+  return std::isfinite(highest(scores));
 }
 
 // argmax(p / q): `noise(i, wanted)` is called for every id in order, and is q where it is wanted.
@@ -201,13 +200,13 @@ int64_t sample_row(const Arguments& a, int64_t r, std::vector<float>& scores, No
   if (!drawable) std::fill(scores.begin(), scores.end(), kNever);
   const int64_t token = draw(scores, noise);
   int32_t& flags = a.flags.mutable_data_ptr<int32_t>()[r];
+  if (a.rules.forget >= 0) seen[a.rules.forget] = false;
   if (!drawable) {
     flags |= kFailed;
   } else {
     seen[token] = true;
     if (token == a.rules.stop_token) flags |= kStopped;
   }
-  if (a.rules.forget >= 0) seen[a.rules.forget] = false;
   return token;
 }
 

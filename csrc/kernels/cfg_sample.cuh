@@ -13,7 +13,8 @@
 // order. Random numbers: torch's own (torch_random.cuh), read from and advanced in device memory.
 // Ties: top-k keeps all ids equal to the k-th; top-p removes the higher id first; the draw takes
 // the lower.
-// A row with a NaN or without a finite score sets kFailed, and its token is 0.
+// A row with a NaN or without a finite score, also after the penalty, sets kCfgSampleFailed, and
+// its token is 0.
 //
 // Launch: one block a row, a row's scores in registers (kItems a thread). Without top-k and top-p
 // it is three block reductions over 8 V bytes of logits that the head just left in L2, so the bound
@@ -251,8 +252,11 @@ RT_DEVICE void keep_top_p(const SamplingBlock<T>& block, float top, float (&scor
   unsigned long long own = 0;
 #pragma unroll
   for (int k = 0; k < kItems; ++k) own += mass(scores[k], top);
-  atomicAdd(total, own);
+  for (int step = 16; step > 0; step /= 2) own += __shfl_xor_sync(kFullWarp, own, step);
+  if (threadIdx.x % 32 == 0)
+    atomicAdd(total, own);  // one a warp: 64-bit adds spin in shared memory
   __syncthreads();
+  if (*total == 0) return;  // no id is left
   const auto limit = static_cast<unsigned long long>(
       static_cast<double>(block.params.one_minus_top_p) * static_cast<double>(*total));
   const auto weight = [&](int k) { return mass(scores[k], top); };
@@ -278,7 +282,7 @@ RT_DEVICE float penalise_last(const SamplingBlock<T>& block, float (&scores)[kIt
   return from_ordered(static_cast<unsigned>(block_max<kThreads>(highest, block.scratch)));
 }
 
-// argmax(exp(score - top) / q), the lower id of equals.
+// argmax(exp(score - top) / q), the lower id of equals; -1 where no id is left.
 template <int kThreads, int kItems, typename T>
 RT_DEVICE int draw(const SamplingBlock<T>& block, float top, const float (&scores)[kItems]) {
   const CfgSampleArgs<T>& args = block.args;
@@ -290,25 +294,22 @@ RT_DEVICE int draw(const SamplingBlock<T>& block, float top, const float (&score
     if (scores[k] == negative_infinity()) continue;
     const unsigned id = threadIdx.x + k * kThreads;
     const float q = torch_exponential(torch_uniform(seed, offset, id, args.philox_threads));
-    const unsigned ratio = __float_as_uint(expf(scores[k] - top) / q);
+    const unsigned ratio = ordered(expf(scores[k] - top) / q);
     best = greater(best, static_cast<unsigned long long>(ratio) << 32 | (0xffffffffu - id));
   }
   best = block_max<kThreads>(best, block.scratch);
-  return static_cast<int>(0xffffffffu - static_cast<unsigned>(best));
+  return best == 0 ? -1 : static_cast<int>(0xffffffffu - static_cast<unsigned>(best));
 }
 
-// What one thread leaves behind for its row.
+// What one thread leaves behind for its row; token -1: it could not be drawn from.
 template <typename T>
-RT_DEVICE void finish_row(const CfgSampleArgs<T>& args, int row, int token, bool failed) {
+RT_DEVICE void finish_row(const CfgSampleArgs<T>& args, int row, int token) {
   bool* seen = args.seen + static_cast<long long>(row) * args.vocabulary;
-  args.token[row] = token;
-  if (failed) {
-    args.flags[row] |= kCfgSampleFailed;
-  } else {
-    seen[token] = true;
-    if (token == args.stop_token) args.flags[row] |= kCfgSampleStopped;
-  }
+  args.token[row] = token < 0 ? 0 : token;
   if (args.forget >= 0) seen[args.forget] = false;
+  if (token >= 0) seen[token] = true;
+  if (token < 0) args.flags[row] |= kCfgSampleFailed;
+  if (token == args.stop_token) args.flags[row] |= kCfgSampleStopped;
   args.philox[2 * row + 1] +=
       static_cast<long long>(torch_philox_increment(args.vocabulary, args.philox_threads));
 }
@@ -327,16 +328,15 @@ RT_GLOBAL void RT_LAUNCH_BOUNDS(kThreads) cfg_sample_kernel(CfgSampleArgs<T> arg
                                   {bins, result}};
   float scores[kItems];
   float top = load_scores<kThreads>(block, scores);
-  const bool failed = !is_finite(top);  // the same in every thread
-  int token = 0;
-  if (!failed) {
+  int token = -1;
+  if (is_finite(top)) {  // the same in every thread, so all of them meet at the barriers
     keep_top_k<kThreads>(block, scores);
     keep_min_p(top, block.params.min_p, scores);
     keep_top_p<kThreads>(block, top, scores);
     if (args.turbo) top = penalise_last<kThreads>(block, scores);
-    token = draw<kThreads>(block, top, scores);
+    if (is_finite(top)) token = draw<kThreads>(block, top, scores);
   }
-  if (threadIdx.x == 0) finish_row(args, row, token, failed);
+  if (threadIdx.x == 0) finish_row(args, row, token);
 }
 
 // Enqueues the op on `stream`; an empty batch is a success without a launch.

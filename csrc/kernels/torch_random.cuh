@@ -1,14 +1,13 @@
 // torch's own CUDA random numbers, element by element and without state.
 //
-//   torch_uniform(seed, offset, i, threads)   what torch.rand / exponential_ draw for element i of
-//   a
-//       tensor, with a generator at (seed, offset) and a launch of `threads` threads
-//       (torch: calc_execution_policy in DistributionTemplates.h): thread t = i % threads is
-//       Philox subsequence t; every fourth multiple of `threads` takes the next block, the others
-//       its lanes x, y, z, w. The uniform is curand's: bits * 2^-32 + 2^-33, in (0, 1].
-//   torch_exponential(uniform)   torch's transform to Exp(1): -log, with values next to 1 clamped
-//   so
-//       that it is never 0. On the device the logarithm is the approximate __logf, as in torch.
+// torch_uniform(seed, offset, i, threads): what torch.rand and exponential_ draw for element i of a
+// tensor, with a generator at (seed, offset) and a launch of `threads` threads (torch:
+// calc_execution_policy in DistributionTemplates.h). Thread i % threads is the Philox subsequence;
+// i / threads counts through the lanes x, y, z, w of a block, then through blocks. The uniform is
+// curand's: bits * 2^-32 + 2^-33, in (0, 1].
+//
+// torch_exponential(uniform): torch's transform to Exp(1), -log, with values next to 1 clamped so
+// that it is not 0. On the device the logarithm is the approximate __logf, as in torch.
 #pragma once
 
 #include <cmath>

@@ -254,6 +254,20 @@ def test_a_method_on_the_instance_is_called(english: Any, other_voice: Path) -> 
     assert torch.equal(wav, expected)
 
 
+def test_a_request_writes_into_nobodys_voice(english: Any) -> None:
+    """Stock casts the prompt's tokens to float in the shared dictionary, and embeds them there."""
+    conds = english.conds
+    conds.t3.cond_prompt_speech_emb = None
+    gen, t3 = dict(conds.gen), dict(vars(conds.t3))
+    with patched(english):
+        english.t3.train()  # stock's own loop, which stores the embedding
+        english.generate(TEXT, seed=1)
+        english.t3.eval()
+    assert english.conds is conds
+    assert all(conds.gen[name] is value for name, value in gen.items())
+    assert all(getattr(conds.t3, name) is value for name, value in t3.items())
+
+
 def test_the_exaggeration_stays_as_in_stock(english: Any) -> None:
     with patched(english):
         english.generate(TEXT, exaggeration=1.25, seed=1)
