@@ -176,7 +176,7 @@ RT_DEVICE float after_stop_action(const CfgSampleArgs<T>& args, int action, int 
 }
 
 // The weight of a score in top-p: exp(score - top) in units of 2^-40.
-RT_DEVICE unsigned long long mass(float score, float top) {
+RT_OUTLINED unsigned long long mass(float score, float top) {
   return static_cast<unsigned long long>(expf(score - top) * 0x1p40f);
 }
 
@@ -282,6 +282,15 @@ RT_DEVICE float penalise_last(const SamplingBlock<T>& block, float (&scores)[kIt
   return from_ordered(static_cast<unsigned>(block_max<kThreads>(highest, block.scratch)));
 }
 
+// An id's place in the draw: by exp(score - top) / q, of equals the lower id first. Never 0. Not
+// inlined: a copy for each item would take all registers.
+RT_OUTLINED unsigned long long draw_key(float below_top, unsigned long long seed,
+                                        unsigned long long offset, unsigned id, unsigned threads) {
+  const float q = torch_exponential(torch_uniform(seed, offset, id, threads));
+  const unsigned ratio = ordered(expf(below_top) / q);
+  return static_cast<unsigned long long>(ratio) << 32 | (0xffffffffu - id);
+}
+
 // argmax(exp(score - top) / q), the lower id of equals; -1 where no id is left.
 template <int kThreads, int kItems, typename T>
 RT_DEVICE int draw(const SamplingBlock<T>& block, float top, const float (&scores)[kItems]) {
@@ -293,9 +302,7 @@ RT_DEVICE int draw(const SamplingBlock<T>& block, float top, const float (&score
   for (int k = 0; k < kItems; ++k) {
     if (scores[k] == negative_infinity()) continue;
     const unsigned id = threadIdx.x + k * kThreads;
-    const float q = torch_exponential(torch_uniform(seed, offset, id, args.philox_threads));
-    const unsigned ratio = ordered(expf(scores[k] - top) / q);
-    best = greater(best, static_cast<unsigned long long>(ratio) << 32 | (0xffffffffu - id));
+    best = greater(best, draw_key(scores[k] - top, seed, offset, id, args.philox_threads));
   }
   best = block_max<kThreads>(best, block.scratch);
   return best == 0 ? -1 : static_cast<int>(0xffffffffu - static_cast<unsigned>(best));
@@ -342,12 +349,14 @@ RT_GLOBAL void RT_LAUNCH_BOUNDS(kThreads) cfg_sample_kernel(CfgSampleArgs<T> arg
 // Enqueues the op on `stream`; an empty batch is a success without a launch.
 template <typename T>
 rt::Error launch_cfg_sample(const CfgSampleArgs<T>& args, rt::Stream stream) {
-  constexpr int kThreads = 1024;
+  constexpr int kThreads = 512;  // so that a thread may have 128 registers
+  constexpr int kItems = 17;     // stock's vocabularies, 8194 and 6563
+  constexpr int kMostItems = 128;
   if (args.rows == 0) return rt::Error{};
-  if (args.vocabulary <= 9 * kThreads) {
-    return rt::launch(cfg_sample_kernel<kThreads, 9, T>, args.rows, kThreads, 0, stream, args);
-  }
-  return rt::launch(cfg_sample_kernel<kThreads, 64, T>, args.rows, kThreads, 0, stream, args);
+  const auto kernel = args.vocabulary <= kItems * kThreads
+                          ? &cfg_sample_kernel<kThreads, kItems, T>
+                          : &cfg_sample_kernel<kThreads, kMostItems, T>;
+  return rt::launch(kernel, args.rows, kThreads, 0, stream, args);
 }
 
 }  // namespace chatterbox_fast

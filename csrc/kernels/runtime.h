@@ -23,6 +23,7 @@
 
 #define RT_GLOBAL __global__
 #define RT_DEVICE __device__ __forceinline__
+#define RT_OUTLINED static __device__ __noinline__
 #define RT_HOST_DEVICE __host__ __device__ __forceinline__
 #define RT_LAUNCH_BOUNDS(threads) __launch_bounds__(threads)
 #define RT_SHARED(T, name, count) __shared__ __align__(16) T name[count]

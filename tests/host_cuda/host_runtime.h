@@ -21,6 +21,7 @@
 
 #define RT_GLOBAL inline
 #define RT_DEVICE inline
+#define RT_OUTLINED static inline
 #define RT_HOST_DEVICE inline
 #define RT_LAUNCH_BOUNDS(threads)
 #define RT_SHARED(T, name, count) \
