@@ -54,8 +54,8 @@ CfgSampleSizes check_cfg_sample(const at::Tensor& logits, const at::Tensor& seen
   CBF_CHECK(params.dim() == 2 && params.size(0) == rows && params.size(1) == kSamplingParams,
             "cfg_sample", "params", c10::str("(", rows, ", 6)"), params.sizes());
   CBF_CHECK_DTYPE(flags, "cfg_sample", at::kInt);
-  CBF_CHECK(flags.dim() == 1 && flags.size(0) == rows, "cfg_sample", "flags", c10::str("(", rows, ",)"),
-            flags.sizes());
+  CBF_CHECK(flags.dim() == 1 && flags.size(0) == rows, "cfg_sample", "flags",
+            c10::str("(", rows, ",)"), flags.sizes());
   for (const at::Tensor* tensor : {&seen, &params, &flags}) {
     CBF_CHECK(tensor->device() == logits.device(), "cfg_sample", "seen, params and flags",
               c10::str("on ", logits.device(), " as logits is"), tensor->device());

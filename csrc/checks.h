@@ -11,8 +11,10 @@
 #define CBF_CHECK_DTYPE(tensor, op, type) \
   CBF_CHECK((tensor).scalar_type() == (type), op, #tensor, type, (tensor).scalar_type())
 
-#define CBF_CHECK_DEVICE(tensor, op, expected) \
-  CBF_CHECK((tensor).device() == (expected), op, #tensor, c10::str("on ", (expected)), (tensor).device())
+#define CBF_CHECK_DEVICE(tensor, op, expected)                                         \
+  CBF_CHECK((tensor).device() == (expected), op, #tensor, c10::str("on ", (expected)), \
+            (tensor).device())
 
-#define CBF_CHECK_CONTIGUOUS(tensor, op) \
-  CBF_CHECK((tensor).is_contiguous(), op, #tensor, "contiguous", c10::str("strides ", (tensor).strides()))
+#define CBF_CHECK_CONTIGUOUS(tensor, op)                         \
+  CBF_CHECK((tensor).is_contiguous(), op, #tensor, "contiguous", \
+            c10::str("strides ", (tensor).strides()))

@@ -1,7 +1,5 @@
-// CUDA op of cfg_sample: checks, device guard, stream, dispatch, launch. The kernel and its contract
-// are in kernels/cfg_sample.cuh.
-#include "kernels/cfg_sample.cuh"
-
+// CUDA op of cfg_sample: checks, device guard, stream, dispatch, launch. The kernel and its
+// contract are in kernels/cfg_sample.cuh.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -11,6 +9,7 @@
 
 #include "cfg_sample.h"
 #include "checks.h"
+#include "kernels/cfg_sample.cuh"
 
 namespace chatterbox_fast {
 
@@ -34,9 +33,8 @@ CfgSampleArgs<T> typed_args(const at::Tensor& logits, const at::Tensor& seen,
 
 at::Tensor cfg_sample(const at::Tensor& logits, at::Tensor seen, const at::Tensor& params,
                       at::Tensor flags, std::optional<at::Tensor> philox,
-                      std::optional<at::Tensor> stop_action,
-                      std::optional<at::Generator> generator, int64_t stop_token, bool turbo,
-                      int64_t forget, int64_t philox_threads) {
+                      std::optional<at::Tensor> stop_action, std::optional<at::Generator> generator,
+                      int64_t stop_token, bool turbo, int64_t forget, int64_t philox_threads) {
   const CfgSampleSizes sizes = check_cfg_sample(logits, seen, params, flags, philox, stop_action,
                                                 stop_token, forget, philox_threads);
   CBF_CHECK(philox.has_value(), "cfg_sample", "philox", "given on CUDA", "None");
@@ -57,8 +55,8 @@ at::Tensor cfg_sample(const at::Tensor& logits, at::Tensor seen, const at::Tenso
   };
   switch (logits.scalar_type()) {
     case at::kHalf:
-      launch(typed_args<at::Half, rt::half>(logits, seen, params, flags, *philox, stop_action,
-                                            token));
+      launch(
+          typed_args<at::Half, rt::half>(logits, seen, params, flags, *philox, stop_action, token));
       break;
     case at::kBFloat16:
       launch(typed_args<at::BFloat16, rt::bfloat16>(logits, seen, params, flags, *philox,
