@@ -63,6 +63,10 @@ def test_a_step_reads_no_value_on_the_host(
         weights, state = prefilled(tiny, t3_cond)
     state.philox = torch.zeros(1, 2, dtype=torch.long)
     with FakeTensorMode(allow_non_fake_inputs=False):
+        try:
+            torch.empty(1, device="cuda")
+        except RuntimeError:  # torch 2.6 asks for the driver even here
+            pytest.skip("this torch has no fake CUDA tensors on a machine without a driver")
 
         def fake(x: Any) -> Any:
             if not torch.is_tensor(x):
