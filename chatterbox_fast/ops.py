@@ -47,13 +47,12 @@ class SamplingParams:
             if not isinstance(value, Real):
                 raise TypeError(f"chatterbox_fast: {name} must be a number, got {value!r}")
         _require("cfg_weight", self.cfg_weight, self.cfg_weight >= 0, ">= 0")
-        _require("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "> 0")
-        _require("temperature", self.temperature, self.temperature > 0, "> 0")
+        penalty, temperature = self.repetition_penalty, self.temperature
+        _require("repetition_penalty", penalty, _as_float32(penalty) > 0, "> 0")
+        _require("temperature", temperature, _as_float32(temperature) > 0, "> 0")
         _require("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
         _require("top_p", self.top_p, 0 <= self.top_p <= 1, "in [0, 1]")
-        _require(
-            "top_k", self.top_k, self.top_k >= 0 and self.top_k == int(self.top_k), "whole, >= 0"
-        )
+        _require("top_k", self.top_k, self.top_k >= 0 and self.top_k % 1 == 0, "whole, >= 0")
 
     def pack(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The row ``(1, 6)`` that ops read.
@@ -76,10 +75,13 @@ class SamplingParams:
         return torch.tensor([row], dtype=wide, device=device)
 
 
+def _as_float32(value: float) -> float:
+    """What the kernels read: a number may be 0 or infinite there and not as a double."""
+    return ctypes.c_float(value).value
+
+
 def _require(name: str, value: float, ok: bool, must: str) -> None:
-    # What is 0 or infinite as a float32 is so to the kernels.
-    rounded = ctypes.c_float(value).value
-    if not (ok and math.isfinite(rounded) and (value == 0 or rounded != 0 or name == "cfg_weight")):
+    if not (ok and math.isfinite(_as_float32(value))):
         raise ValueError(f"chatterbox_fast: {name} must be finite and {must}, got {value!r}")
 
 

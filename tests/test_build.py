@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from toolkit import load_setup
 
 import chatterbox_fast
 from chatterbox_fast import _ext
@@ -34,12 +34,7 @@ PACKED = (
 
 @pytest.fixture(scope="module")
 def setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cbf_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_setup()
 
 
 @pytest.fixture

@@ -501,6 +501,7 @@ def test_frequencies_and_support() -> None:
         ("top_p", math.nan),
         ("top_k", -1),
         ("top_k", 0.5),
+        ("top_k", math.inf),
         ("temperature", 1e-50),
         ("repetition_penalty", 1e-50),
         ("cfg_weight", 1e300),
@@ -511,6 +512,12 @@ def test_parameters_out_of_range_are_named(name: str, value: float) -> None:
         ValueError, match=rf"{name} must be finite and .*, got {re.escape(repr(value))}"
     ):
         SamplingParams(**{name: value})
+
+
+def test_numbers_next_to_zero_are_zero_to_the_kernels() -> None:
+    packed = SamplingParams(cfg_weight=1e-50, min_p=1e-50, top_p=1e-50).pack(torch.float32, CPU)
+    assert packed[0, [0, 3]].tolist() == [0.0, 0.0]
+    assert packed[0, 4] == 1
 
 
 def test_one_minus_top_p_is_rounded_from_double() -> None:
