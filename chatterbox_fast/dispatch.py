@@ -12,7 +12,7 @@ import torch
 from . import _ext
 from .options import Backend
 
-OPS = ("cfg_sample", "decode_attention")
+OPS = ("cfg_sample", "skinny_linear", "decode_attention")
 """The ops that engines call by name; each has at least its reference."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -18,6 +18,8 @@ from .options import Backend
 
 MAX_VOCABULARY = 65536
 """The most ids the kernels take."""
+MAX_SKINNY_ROWS = 8
+"""The most rows of x that skinny_linear takes."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,36 @@ def _row_by_row(
     return torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.long)
 
 
+def skinny_linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None = None, *, backend: Backend = "auto"
+) -> Tensor:
+    """``x @ weight.T`` for a few rows: reads the weights once, in the dtype they are stored in.
+
+    Args:
+        x, weight, scale: see `reference.skinny_linear`.
+        backend: which implementation to prefer, see `dispatch.choose`.
+
+    Returns:
+        ``(M, N)`` in x's dtype.
+
+    Raises:
+        RuntimeError: an argument of another shape, dtype or device than documented.
+    """
+    choice = dispatch.choose("skinny_linear", x.device, backend, x.dtype)
+    return skinny_linear_by(choice.backend)(x, weight, scale)
+
+
+def skinny_linear_by(backend: str) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """skinny_linear by a backend that `dispatch.choose` named, for callers that choose once."""
+    if backend == "extension":
+        return torch.ops.chatterbox_fast.skinny_linear.default
+    if backend == "triton":
+        from .triton_kernels.skinny_linear import skinny_linear as twin
+
+        return twin
+    return reference.skinny_linear
+
+
 if dispatch.extension_has("cfg_sample"):
 
     @torch.library.register_fake("chatterbox_fast::cfg_sample")
@@ -217,3 +249,10 @@ if dispatch.extension_has("cfg_sample"):
         philox_threads: int = 0,
     ) -> Tensor:
         return seen.new_empty(seen.shape[0], dtype=torch.long)
+
+
+if dispatch.extension_has("skinny_linear"):
+
+    @torch.library.register_fake("chatterbox_fast::skinny_linear")
+    def _(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        return x.new_empty(x.shape[0], weight.shape[0])

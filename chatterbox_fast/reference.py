@@ -191,6 +191,22 @@ def _keep_top_p(scores: Tensor, one_minus_top_p: Tensor) -> Tensor:
     return scores.masked_fill(remove.scatter(-1, order, remove).flip(-1), -float("inf"))
 
 
+def skinny_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``x @ weight.T``, computed in float32 whatever the weights are stored in.
+
+    Args:
+        x: ``(M, K)`` float32, float16 or bfloat16, M at most 8.
+        weight: ``(N, K)`` float32, float16, bfloat16, or int8 with `scale`.
+        scale: ``(N,)`` float32: row n of an int8 weight is ``scale[n] * weight[n]``.
+
+    Returns:
+        ``(M, N)`` in x's dtype. The CPU kernel rounds x to 15 bits for an int8 weight.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = F.linear(x.to(wide), weight.to(wide))
+    return (y if scale is None else y * scale).to(x.dtype)
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in the half-split layout of Llama.
 

@@ -7,4 +7,5 @@ TORCH_LIBRARY(chatterbox_fast, library) {
       "cfg_sample(Tensor logits, Tensor(a!) seen, Tensor params, Tensor(b!) flags, "
       "Tensor(c!)? philox=None, Tensor? stop_action=None, Generator? generator=None, *, "
       "int stop_token, bool turbo=False, int forget=-1, int philox_threads=0) -> Tensor");
+  library.def("skinny_linear(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor");
 }
