@@ -234,7 +234,7 @@ def skinny_linear_by(backend: str) -> Callable[[Tensor, Tensor, Tensor | None], 
 if dispatch.extension_has("cfg_sample"):
 
     @torch.library.register_fake("chatterbox_fast::cfg_sample")
-    def _(
+    def _cfg_sample_fake(
         logits: Tensor,
         seen: Tensor,
         params: Tensor,
@@ -254,5 +254,5 @@ if dispatch.extension_has("cfg_sample"):
 if dispatch.extension_has("skinny_linear"):
 
     @torch.library.register_fake("chatterbox_fast::skinny_linear")
-    def _(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    def _skinny_linear_fake(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         return x.new_empty(x.shape[0], weight.shape[0])

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 
 from . import dispatch
 from .options import Options
-from .overrides import Absent, Override, apply_all, undo_all
+from .overrides import Absent, Change, Override, apply_all, undo_all
 from .sites import (
     RECORD,
     STOCK_CLASSES,
     Row,
+    Site,
     describe_rest,
     sites_of,
     watermark_override,
@@ -36,7 +37,8 @@ class Record:
     """What patch() did to a model; lives on the model, next to what it replaced."""
 
     options: Options
-    overrides: list[Override]
+    sites: list[Site]
+    changes: list[Change]
     model: Any
 
 
@@ -98,13 +100,13 @@ def unpatch(model: Model) -> Model:
         record = _record(model)
         if record is None:
             return model
-        for override in record.overrides:
-            if not override.in_place():
+        for change in record.changes:
+            if not change.in_place():
                 raise RuntimeError(
-                    f"chatterbox_fast.unpatch: {type(override.owner).__qualname__}."
-                    f"{override.name} was replaced after patch(); undo that first"
+                    f"chatterbox_fast.unpatch: {type(change.owner).__qualname__}."
+                    f"{change.name} was replaced after patch(); undo that first"
                 )
-        undo_all(record.overrides)
+        undo_all(record.changes)
         delattr(model, RECORD)
     return model
 
@@ -139,11 +141,11 @@ def report(model: Any) -> Report:
     record = _record(model)
     if record is None:
         return Report([Row("model", "stock", "torch", "not patched")])
-    ours = {(id(override.owner), override.name) for override in record.overrides}
+    ours = {(id(site.owner), site.attribute): site for site in record.sites}
     rows: list[Row] = []
     for site in sites_of(model, record.options):
-        if (id(site.owner), site.attribute) in ours:
-            rows.extend(site.describe())
+        if (patched_site := ours.get((id(site.owner), site.attribute))) is not None:
+            rows.extend(patched_site.describe())
         elif (reason := site.why_not()) is not None:
             rows.append(Row(site.name, "stock", "-", reason))
         else:
@@ -157,13 +159,13 @@ def _record(model: Any) -> Record | None:
 
 
 def _install(model: Any, options: Options) -> None:
-    sites = sites_of(model, options)
-    overrides = [site.override(options) for site in sites if site.why_not() is None]
+    sites = [site for site in sites_of(model, options) if site.why_not() is None]
+    changes: list[Change] = [change for site in sites for change in site.changes()]
     if not options.watermark:
-        overrides.append(watermark_override(model))
-    overrides.append(Override(model, "__reduce_ex__", MethodType(_reduce_as_stock, model)))
-    apply_all(overrides)
-    setattr(model, RECORD, Record(options, overrides, model))
+        changes.append(watermark_override(model))
+    changes.append(Override(model, "__reduce_ex__", MethodType(_reduce_as_stock, model)))
+    apply_all(changes)
+    setattr(model, RECORD, Record(options, sites, changes, model))
     if options.strict:
         _refuse_stock(model)
 
@@ -174,9 +176,11 @@ def _reduce_as_stock(model: Any, protocol: int) -> Any:
     make, arguments, state, *rest = reduce(model, protocol)
     stock = {name: value for name, value in state.items() if name != RECORD}
     record = _record(model)
-    for override in reversed(record.overrides if record is not None else []):
-        if override.owner is model and stock.pop(override.name, None) is not None:
-            stock |= {} if override.before is Absent else {override.name: override.before}
+    for change in reversed(record.changes if record is not None else []):
+        if not isinstance(change, Override) or change.owner is not model:
+            continue
+        if stock.pop(change.name, None) is not None and change.before is not Absent:
+            stock[change.name] = change.before
     return (make, arguments, stock, *rest)
 
 

@@ -231,7 +231,8 @@ def decode_attention(
 
     Args:
         q, k, v: ``(B, H, 1, D)``, not rotated.
-        k_cache, v_cache: ``(B, H, capacity, D)``; written in place at `position`.
+        k_cache, v_cache: ``(B, H, capacity, D)``, in any floating dtype; written in place at
+            `position`.
         position: ``(1,)`` int64 on the device, in ``[0, capacity)``.
         cos, sin: ``(positions, D)``, the rotary table.
 
@@ -239,16 +240,14 @@ def decode_attention(
         ``(B, H, 1, D)``: softmax(q k' / sqrt(D)) v over cache slots ``0 .. position``.
     """
     here_cos, here_sin = cos.index_select(0, position), sin.index_select(0, position)
-    k_cache.index_copy_(2, position, apply_rope(k, here_cos, here_sin))
-    v_cache.index_copy_(2, position, v)
+    stored = k_cache.dtype
+    k_cache.index_copy_(2, position, apply_rope(k, here_cos, here_sin).to(stored))
+    v_cache.index_copy_(2, position, v.to(stored))
     slots = torch.arange(k_cache.shape[2], device=q.device)
-    return F.scaled_dot_product_attention(
-        apply_rope(q, here_cos, here_sin), k_cache, v_cache, attn_mask=(slots <= position)[None]
+    out = F.scaled_dot_product_attention(
+        apply_rope(q, here_cos, here_sin).to(stored),
+        k_cache,
+        v_cache,
+        attn_mask=(slots <= position)[None],
     )
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Llama's RMSNorm over the last dimension: statistics in float32, as transformers rounds it."""
-    wide = x.to(torch.float32)
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+    return out.to(q.dtype)

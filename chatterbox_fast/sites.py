@@ -11,18 +11,18 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 
 from . import dispatch
 from .options import Options
-from .overrides import Override
+from .overrides import Change, Override, bound, is_ours
 from .request import Request, current_request, serving
 from .rng import Generators, check_seed
-from .t3 import runner
-from .t3.weights import why_unsupported
+from .t3 import runner, weights
+from .t3.engine import Engine, Engines
+from .t3.support import why_unsupported
 from .voices import RequestView, shares_methods
 from .watermark import NoWatermark
 
@@ -51,15 +51,17 @@ class Site:
 
     Attributes:
         name: as a report shows it.
-        make: (stock's function, options) -> function that takes `owner` first.
+        make: stock's function -> function that takes `owner` first.
         describe: () -> the report's rows for this site, as things are now.
+        packing: what happens to the owner's weights, or None.
     """
 
     name: str
     owner: Any
     attribute: str
-    make: Callable[[Callable[..., Any], Options], Callable[..., Any]]
+    make: Callable[[Callable[..., Any]], Callable[..., Any]]
     describe: Callable[[], list[Row]]
+    packing: Packing | None = None
 
     def why_not(self) -> str | None:
         """The reason why this attribute is left alone, or None."""
@@ -71,42 +73,94 @@ class Site:
             return f"{self.attribute}() is a generator or a coroutine"
         return None
 
-    def override(self, options: Options) -> Override:
-        """The replacement, bound to its owner, ready to be applied."""
-        function = self.make(getattr(type(self.owner), self.attribute), options)
-        function.__dict__["chatterbox_fast"] = True
-        return Override(self.owner, self.attribute, MethodType(function, self.owner))
+    def changes(self) -> list[Change]:
+        """The replacement, bound to its owner, and what goes with it; ready to be applied."""
+        function = self.make(getattr(type(self.owner), self.attribute))
+        replacement = Override(self.owner, self.attribute, bound(function, self.owner))
+        if self.packing is None:
+            return [replacement]
+        return [replacement, home_guard(self.owner), self.packing]
 
 
-def is_ours(attribute: Any) -> bool:
-    """Whether a replacement that this package made."""
-    return bool(getattr(getattr(attribute, "__func__", None), "chatterbox_fast", False))
+@dataclass
+class Packing:
+    """Packs a T3's weights when it is patched, and gives them back as they were."""
+
+    owner: Any
+    engines: Engines
+    name: str = "weights"
+
+    def apply(self) -> None:
+        """Packs the weights; a T3 that is left to stock keeps its own."""
+        try:
+            if why_unsupported(self.owner) is None:
+                self.engines.of(self.owner)
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Gives the weights back."""
+        self.engines.release(self.owner)
+
+    def in_place(self) -> bool:
+        """Always: weights that changed since are packed anew."""
+        return True
 
 
 def sites_of(model: Any, options: Options) -> list[Site]:
     """The sites of a Chatterbox object, in the order the data flows."""
     generate = Row("generate", "stock, per request", "-", "own voice and generators")
-    sites = [Site("generate", model, "generate", make_generate, lambda: [generate])]
+    make = functools.partial(make_generate, options=options)
+    sites = [Site("generate", model, "generate", make, lambda: [generate])]
     if hasattr(model, "t3") and not getattr(model.t3, "is_gpt", False):
-        rows = functools.partial(describe_t3, model.t3, options)
-        site = Site("t3.inference", model.t3, "inference", make_t3_inference, rows)
-        sites.append(site)
+        sites.append(t3_site(model.t3, options))
     return sites
 
 
-def describe_t3(t3: Any, options: Options) -> list[Row]:
+def t3_site(t3: Any, options: Options) -> Site:
+    """T3's loop, and its weights."""
+    engines = Engines(options)
+    make = functools.partial(make_t3_inference, engines=engines)
+    rows = functools.partial(describe_t3, t3, engines)
+    return Site("t3.inference", t3, "inference", make, rows, Packing(t3, engines))
+
+
+def describe_t3(t3: Any, engines: Engines) -> list[Row]:
     """What T3 would run if it were called now: `.to()` after patching can change the answer."""
     if (reason := why_unsupported(t3)) is not None:
         return [Row("t3.inference", "stock", "torch", reason)]
-    rows = [Row("t3.inference", "engine, exact", f"{t3.device.type}, eager", "in-place KV cache")]
+    engine, device = engines.of(t3), t3.device
+    how = ["compiled"] if engine.options.compile else []
+    why = [engine.precise.why]
+    if engine.eager_because is None:
+        how.append("CUDA graph")
+    else:
+        why.append(engine.eager_because)
+    backend = ", ".join([device.type, *(how or ["eager"])])
+    rows = [
+        Row("t3.inference", f"engine, {engine.precise.precision}", backend, "; ".join(why)),
+        describe_memory(t3, engine),
+    ]
     for op in dispatch.OPS:
-        choice = dispatch.choose(op, t3.device, options.backend)
+        choice = dispatch.choose(op, device, engine.options.backend)
         rows.append(Row(f"  {op}", "op", choice.backend, choice.reason))
     return rows
 
 
+def describe_memory(t3: Any, engine: Engine) -> Row:
+    """T3's weights in memory, stock's and now."""
+    stock = sum(p.nbytes for p in t3.parameters())
+    now = sum(p.nbytes for p in t3.parameters() if p.device == t3.device)
+    if engine.precise.precision != "exact":
+        now += weights.bytes_of(engine.weights.decode)
+    host = "; the originals wait on the host" if engine.replaces_originals else ""
+    size = f"{stock / 1e9:.2f} GB -> {now / 1e9:.2f} GB"
+    return Row("  weights", size, t3.device.type, f"before -> now{host}")
+
+
 def describe_rest(model: Any, options: Options) -> list[Row]:
-    """What no site replaces: the stages without an engine, the watermark, the switches."""
+    """What no site replaces: the stages without an engine, the watermark."""
     rows = []
     if hasattr(model, "t3") and getattr(model.t3, "is_gpt", False):
         rows.append(Row("t3.inference_turbo", "stock", "torch", str(why_unsupported(model.t3))))
@@ -115,11 +169,6 @@ def describe_rest(model: Any, options: Options) -> list[Row]:
         rows.append(Row("watermark", "Perth (stock)", "cpu", "watermark=True"))
     else:
         rows.append(Row("watermark", "none", "-", "watermark=False"))
-    if options.precision != "exact":
-        why = "no other precision has an engine yet"
-        rows.append(Row(f"precision={options.precision}", "exact", "-", why))
-    if options.compile:
-        rows.append(Row("compile=True", "eager", "-", "torch.compile has no engine yet"))
     return rows
 
 
@@ -128,7 +177,7 @@ def watermark_override(model: Any) -> Override:
     return Override(model, "watermarker", NoWatermark())
 
 
-def make_generate(stock: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def make_generate(stock: Callable[..., Any], *, options: Options) -> Callable[..., Any]:
     """Stock's generate() on a view that owns the request's voice and random numbers."""
     signature = inspect.signature(stock)
     has_seed = "seed" in signature.parameters
@@ -163,7 +212,7 @@ def _with_seed(signature: inspect.Signature) -> inspect.Signature:
     return signature.replace(parameters=parameters)
 
 
-def make_t3_inference(stock: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def make_t3_inference(stock: Callable[..., Any], *, engines: Engines) -> Callable[..., Any]:
     """T3's loop: the engine where it computes the same as stock, else stock.
 
     Stock keeps a request's state on the module, so its own loop runs for one request at a time.
@@ -178,6 +227,21 @@ def make_t3_inference(stock: Callable[..., Any], options: Options) -> Callable[.
         generator = current_request().generator(self.device)
         # The engine names its generator; nothing in it needs the request's torch functions.
         with torch._C.DisableTorchFunction():
-            return runner.inference(self, **arguments, generator=generator, backend=options.backend)
+            return runner.inference(self, engines.of(self), **arguments, generator=generator)
 
     return inference
+
+
+def home_guard(t3: Any) -> Override:
+    """The backbone's forward, for all who call it, stock's loop among them.
+
+    The engine does not. It may keep the backbone's weights on the host: they come home first.
+    """
+    stock = type(t3.tfmr).forward
+
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        weights.bring_home(self)
+        return stock(self, *args, **kwargs)
+
+    return Override(t3.tfmr, "forward", bound(forward, t3.tfmr))

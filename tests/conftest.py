@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -19,6 +20,9 @@ import torch
 
 warnings.filterwarnings("ignore", message="chatterbox_fast: CUDA kernels not built")
 
+from chatterbox_fast.options import Options
+from chatterbox_fast.t3 import runner
+from chatterbox_fast.t3.engine import Engine, Engines
 from chatterbox_fast.testing import VOICE_PROMPT, random_model, random_t3
 
 
@@ -82,3 +86,21 @@ def instance_dictionaries(model: Any) -> dict[str, dict[str, int]]:
         for name, owner in owners.items()
         if owner is not None
     }
+
+
+_engines: WeakKeyDictionary[Any, dict[Options, Engines]] = WeakKeyDictionary()
+
+
+def engine_of(t3: Any, **options: Any) -> Engine:
+    """The engine that patch() would make for a T3, kept as long as it."""
+    chosen = Options.of(**options)
+    return _engines.setdefault(t3, {}).setdefault(chosen, Engines(chosen)).of(t3)
+
+
+def tokens_of(
+    t3: Any, *, options: dict[str, Any] | None = None, seed: int | None = None, **arguments: Any
+) -> torch.Tensor:
+    """The tokens of T3's engine, from torch's global generator, seeded before where asked."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    return runner.inference(t3, engine_of(t3, **(options or {})), **arguments)

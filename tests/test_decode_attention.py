@@ -1,4 +1,4 @@
-"""reference.decode_attention, apply_rope and rms_norm against transformers' Llama and float64."""
+"""reference.decode_attention and apply_rope against transformers' Llama and float64."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import engine_of
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from chatterbox_fast import reference
-from chatterbox_fast.t3.weights import T3Weights
 
 HEADS, DIM = 16, 64
 
@@ -81,17 +81,8 @@ def test_rope_is_transformers() -> None:
     assert torch.equal(reference.apply_rope(q, x["cos"], x["sin"]), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_rms_norm_is_transformers(dtype: torch.dtype) -> None:
-    norm = LlamaRMSNorm(1024, eps=1e-5).to(dtype)
-    norm.weight.data.normal_()
-    x = torch.randn(2, 5, 1024, dtype=dtype) * 3
-    with torch.no_grad():
-        assert torch.equal(reference.rms_norm(x, norm.weight, 1e-5), norm(x))
-
-
 def test_the_rotary_table_is_stocks(t3: Any) -> None:
-    cos, sin = T3Weights.of(t3).rotary_table(600)
+    cos, sin = engine_of(t3).rotary(600)
     for position in (0, 1, 255, 599):
         index = torch.tensor([[position]])
         expected_cos, expected_sin = t3.tfmr.rotary_emb(torch.zeros(1), index)

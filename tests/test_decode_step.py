@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from conftest import engine_of, tokens_of
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
+from chatterbox_fast import build_info
 from chatterbox_fast.ops import SamplingParams
-from chatterbox_fast.t3 import runner
 from chatterbox_fast.t3.decode_step import decode_step, draw_token
-from chatterbox_fast.t3.prefill import prefill, prefix_embeds
+from chatterbox_fast.t3.engine import Engine
+from chatterbox_fast.t3.prefill import prefill, text_embeds
 from chatterbox_fast.t3.state import CAPACITIES, DecodeState, capacity_for
-from chatterbox_fast.t3.weights import T3Weights, why_unsupported
+from chatterbox_fast.t3.support import why_unsupported
 from chatterbox_fast.testing import random_t3
 
 TEXT = torch.tensor([[255, 40, 41, 42, 0]])
@@ -26,42 +31,49 @@ def tiny() -> Any:
     return random_t3("english", "tiny")
 
 
-def prefilled(t3: Any, cond: Any, cfg_weight: float = 0.5) -> tuple[T3Weights, DecodeState]:
-    weights = T3Weights.of(t3)
-    embeds = prefix_embeds(t3, copy.copy(cond), TEXT, None, cfg_weight)
-    state = DecodeState.allocate(
-        weights,
-        SamplingParams(cfg_weight),
-        rows=embeds.shape[0],
-        prefix=embeds.shape[1],
-        max_new_tokens=8,
-        start_token=6561,
-        stop_token=6562,
-    )
-    draw_token(weights, state, prefill(weights, state, embeds))
-    return weights, state
+def prefilled(
+    t3: Any, cond: Any, cfg_weight: float = 0.5, **options: Any
+) -> tuple[Engine, DecodeState]:
+    engine = engine_of(t3, **options)
+    embeds = text_embeds(t3, TEXT, None, cfg_weight)
+    state = engine.slots.take(len(embeds), 60).state
+    state.reset(SamplingParams(cfg_weight), 6561)
+    voice = engine.voice(t3, cond)
+    logits = prefill(engine.weights.prefill, state, voice, embeds, engine.rotary)
+    draw_token(engine.weights.decode, state, logits)
+    return engine, state
 
 
-def test_a_step_changes_buffers_in_place_and_keeps_their_storage(tiny: Any, t3_cond: Any) -> None:
+def step(engine: Engine, state: DecodeState) -> None:
+    decode_step(engine.weights.decode, state, state.capacity)
+
+
+@pytest.mark.parametrize("precision", ["exact", "bf16", "int8"])
+def test_a_step_changes_buffers_in_place_and_keeps_their_storage(
+    tiny: Any, t3_cond: Any, precision: str
+) -> None:
     with torch.inference_mode():
-        weights, state = prefilled(tiny, t3_cond)
+        engine, state = prefilled(tiny, t3_cond, precision=precision)
         pointers = {k: v.data_ptr() for k, v in vars(state).items() if torch.is_tensor(v)}
         position, count = int(state.position), int(state.count)
-        decode_step(weights, state)
+        step(engine, state)
     assert {k: v.data_ptr() for k, v in vars(state).items() if torch.is_tensor(v)} == pointers
     assert (int(state.position), int(state.count)) == (position + 1, count + 1)
     drawn = state.tokens[0, : count + 1]
     assert state.seen.sum() == len({6561, *drawn.tolist()})
 
 
+@pytest.mark.parametrize("precision", ["exact", "bf16", "int8"])
 def test_a_step_reads_no_value_on_the_host(
-    tiny: Any, t3_cond: Any, monkeypatch: pytest.MonkeyPatch
+    tiny: Any, t3_cond: Any, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     """Under fake tensors on a device "cuda", .item() and data-dependent branches raise."""
     monkeypatch.setattr("chatterbox_fast.ops.philox_threads", lambda *_: 8448)
     with torch.inference_mode():
-        weights, state = prefilled(tiny, t3_cond)
+        engine, state = prefilled(tiny, t3_cond, precision=precision)
     state.philox = torch.zeros(1, 2, dtype=torch.long)
+    if build_info().get("cuda") is None:
+        state.backend = "reference"
     with FakeTensorMode(allow_non_fake_inputs=False):
         try:
             torch.empty(1, device="cuda")
@@ -73,34 +85,67 @@ def test_a_step_reads_no_value_on_the_host(
                 return x
             return torch.empty(x.shape, dtype=x.dtype, device="cuda")
 
-        layers = tuple(
-            type(layer)(**{k: fake(v) for k, v in vars(layer).items()}) for layer in weights.layers
-        )
-        fields = {k: fake(v) for k, v in vars(weights).items()}
-        on_cuda = T3Weights(**{**fields, "layers": layers})
+        weights = tree_map(fake, engine.weights.decode)
         buffers = DecodeState(**{k: fake(v) for k, v in vars(state).items()})
-        decode_step(on_cuda, buffers)
+        decode_step(weights, buffers, buffers.capacity)
         assert buffers.embedding.device.type == "cuda"
         with pytest.raises(Exception, match="_local_scalar_dense"):
             bool(buffers.flags)
 
 
+class Dispatched(TorchDispatchMode):
+    """Counts the ops that reach a device; views do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if not func.is_view:
+            self.ops[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_a_step_dispatches(t3_cond: Any) -> None:
+    """Of stock's 1,404 kernels at full size a layer has 47; here it has at most 26."""
+    counts = {}
+    for size in ("tiny", "reduced"):
+        t3 = random_t3("english", size)
+        with torch.inference_mode():
+            engine, state = prefilled(t3, t3_cond)
+            with Dispatched() as dispatched:
+                step(engine, state)
+        assert dispatched.ops["chatterbox_fast::cfg_sample"] == 1
+        layers = len(t3.tfmr.layers)
+        assert dispatched.ops["chatterbox_fast::skinny_linear"] == 4 * layers + 1
+        for op in dispatched.ops:
+            assert not op.startswith(("aten::_local_scalar", "aten::item", "aten::nonzero")), op
+        counts[layers] = dispatched.ops.total()
+    assert counts[2] < 70
+    assert (counts[4] - counts[2]) / 2 <= 26
+
+
+def test_a_step_looks_at_the_slots_it_is_told_to(tiny: Any, t3_cond: Any) -> None:
+    """More than the valid ones change nothing."""
+    with torch.inference_mode():
+        engine, state = prefilled(tiny, t3_cond)
+        other = copy.deepcopy(state)
+        used = int(state.position) + 1
+        torch.manual_seed(1)
+        decode_step(engine.weights.decode, state, used)
+        torch.manual_seed(1)
+        decode_step(engine.weights.decode, other, other.capacity)
+        torch.testing.assert_close(state.embedding, other.embedding)
+        torch.testing.assert_close(state.k_cache[..., :used, :], other.k_cache[..., :used, :])
+        with pytest.raises(Exception, match="index"):
+            decode_step(engine.weights.decode, state, used)
+
+
 def test_cfg_weight_zero_runs_half_the_batch(tiny: Any, t3_cond: Any) -> None:
     with torch.inference_mode():
-        assert prefilled(tiny, t3_cond, 0.5)[1].k_cache.shape[1] == 2
-        assert prefilled(tiny, t3_cond, 0.0)[1].k_cache.shape[1] == 1
-
-
-def test_growing_keeps_what_is_cached(tiny: Any, t3_cond: Any) -> None:
-    with torch.inference_mode():
-        weights, state = prefilled(tiny, t3_cond)
-        before = state.k_cache.clone()
-        state.grow(weights, 256)
-        assert state.capacity == 256
-        state.grow(weights, 257)
-    assert state.capacity == 512
-    assert torch.equal(state.k_cache[:, :, :, :256], before)
-    assert len(state.cos) == 512
+        assert prefilled(tiny, t3_cond, 0.5)[1].rows == 2
+        assert prefilled(tiny, t3_cond, 0.0)[1].rows == 1
 
 
 def test_capacities() -> None:
@@ -123,6 +168,7 @@ def test_capacities() -> None:
         ({"max_new_tokens": 4100}, r"max_new_tokens must be in \[1, 4099\], got 4100"),
         ({"initial_speech_tokens": torch.tensor([[1, 9999]])}, r"must be in \[0, 8194\)"),
         ({"initial_speech_tokens": torch.tensor([[1], [2]])}, "with equal rows, got shape"),
+        ({"initial_speech_tokens": torch.ones(1, 4101).long()}, "at most 4100 long, got 4101"),
         ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
         ({"cfg_weight": -1.0}, "cfg_weight must be finite and >= 0, got -1.0"),
     ],
@@ -133,33 +179,59 @@ def test_bad_input_is_named_before_any_work(
     arguments = {"t3_cond": t3_cond, "text_tokens": TEXT, "max_new_tokens": 4, **change}
     state = torch.get_rng_state()
     with pytest.raises(ValueError, match=message):
-        runner.inference(tiny, **arguments)
+        tokens_of(tiny, **arguments)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_parameters_that_are_no_numbers(tiny: Any, t3_cond: Any) -> None:
     with pytest.raises(TypeError, match="temperature must be a number, got None"):
-        runner.inference(tiny, t3_cond=t3_cond, text_tokens=TEXT, temperature=None)
+        tokens_of(tiny, t3_cond=t3_cond, text_tokens=TEXT, temperature=None)
 
 
-def test_nan_in_the_conditioning_raises_and_the_model_stays_usable(tiny: Any, t3_cond: Any) -> None:
-    poisoned = copy.copy(t3_cond)
-    poisoned.speaker_emb = torch.full_like(t3_cond.speaker_emb, float("nan"))
+def test_nan_logits_raise_and_the_model_stays_usable(t3_cond: Any) -> None:
+    t3 = random_t3("english", "tiny")
+    settings = {"t3_cond": t3_cond, "text_tokens": TEXT, "max_new_tokens": 4}
+    expected = tokens_of(t3, **settings, seed=1)
+    with torch.no_grad():
+        t3.text_emb.weight[41] = float("nan")
     with pytest.raises(RuntimeError, match="logits for token 1 have a NaN"):
-        runner.inference(tiny, t3_cond=poisoned, text_tokens=TEXT, max_new_tokens=4)
-    assert runner.inference(tiny, t3_cond=t3_cond, text_tokens=TEXT, max_new_tokens=4).numel() == 4
+        tokens_of(t3, **settings)
+    with torch.no_grad():
+        t3.text_emb.weight[41] = 0.0
+    assert tokens_of(t3, **settings, seed=1).numel() == expected.numel() == 4
+
+
+def test_a_voice_that_does_not_fit(tiny: Any, t3_cond: Any) -> None:
+    changes = [
+        ({"speaker_emb": torch.full_like(t3_cond.speaker_emb, float("nan"))}, "be finite, got NaN"),
+        ({"speaker_emb": t3_cond.speaker_emb[:, :9]}, r"speaker_emb must be of 256 values"),
+        ({"speaker_emb": None}, "speaker_emb must be a tensor for this model, got None"),
+        ({"emotion_adv": None}, "emotion_adv must be a tensor for this model, got None"),
+        ({"emotion_adv": 0.5}, "emotion_adv must be a tensor for this model, got 0.5"),
+        ({"emotion_adv": torch.ones(2)}, "emotion_adv must be of 1 values, got"),
+        ({"speaker_emb": t3_cond.speaker_emb.to("meta")}, "must be on cpu as T3 is, got meta"),
+        ({"cond_prompt_speech_tokens": torch.tensor([[9000]])}, "0, 8194.*, got 9000 to 9000"),
+        ({"cond_prompt_speech_tokens": torch.ones(1, 5000).long()}, "must be at most 4100 long"),
+    ]  # fmt: skip
+    state = torch.get_rng_state()
+    for change, message in changes:
+        cond = copy.copy(t3_cond)
+        vars(cond).update(change)
+        with pytest.raises(ValueError, match=message):
+            tokens_of(tiny, t3_cond=cond, text_tokens=TEXT, max_new_tokens=2)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_callers_conditioning_is_not_written_to(tiny: Any, t3_cond: Any) -> None:
     cond = copy.copy(t3_cond)
     cond.cond_prompt_speech_emb = None
-    runner.inference(tiny, t3_cond=cond, text_tokens=TEXT, max_new_tokens=2)
+    tokens_of(tiny, t3_cond=cond, text_tokens=TEXT, max_new_tokens=2)
     assert cond.cond_prompt_speech_emb is None
 
 
 def test_prepended_prompt_tokens_are_refused(tiny: Any, t3_cond: Any) -> None:
     with pytest.raises(NotImplementedError, match="prepend_prompt_speech_tokens must be None"):
-        runner.inference(tiny, t3_cond=t3_cond, text_tokens=TEXT, prepend_prompt_speech_tokens=TEXT)
+        tokens_of(tiny, t3_cond=t3_cond, text_tokens=TEXT, prepend_prompt_speech_tokens=TEXT)
 
 
 def _spoil(change: str, t3: Any) -> Any:

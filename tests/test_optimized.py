@@ -44,12 +44,13 @@ def test_it_is_stock_and_patched(english: Any) -> None:
 
 def test_each_switch_takes_something_away(english: Any) -> None:
     model = of(english)
-    assert rows(model)["compile=True"] == "eager"
-    assert rows(model)["precision=auto"] == "exact"
+    options = model._chatterbox_fast.options
+    assert (options.compile, options.precision, options.watermark) == (True, "auto", True)
     assert rows(model)["watermark"] == "Perth (stock)"
     chatterbox_fast.unpatch(model)
     model = of(english, enable_compilation=False, use_mixed_precision=False, enable_watermark=False)
-    assert not {"compile=True", "precision=auto"} & set(rows(model))
+    options = model._chatterbox_fast.options
+    assert (options.compile, options.precision, options.watermark) == (False, "exact", False)
     assert isinstance(model.watermarker, NoWatermark)
     chatterbox_fast.unpatch(model)
 

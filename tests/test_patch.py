@@ -15,7 +15,7 @@ from tqdm import tqdm
 import chatterbox_fast
 from chatterbox_fast import patch, patched, report, unpatch
 from chatterbox_fast.patch import Row
-from chatterbox_fast.t3.weights import why_unsupported
+from chatterbox_fast.t3.support import why_unsupported
 from chatterbox_fast.testing import random_model, random_t3
 from chatterbox_fast.watermark import NoWatermark
 
@@ -238,9 +238,11 @@ def test_changes_after_patching_are_noticed(english: Any) -> None:
 
 def test_the_report_says_what_has_no_engine(english: Any) -> None:
     assert [tuple(line) for line in report(english)] == [("model", "stock", "torch", "not patched")]
-    with patched(english, precision="bf16", compile=True, backend="cuda", watermark=False):
-        assert row(english, "precision=bf16").runs == "exact"
-        assert row(english, "compile=True").why == "torch.compile has no engine yet"
+    with patched(english, precision="fp16", compile=True, backend="cuda", watermark=False):
+        engine = row(english, "t3.inference")
+        assert engine.runs == "engine, exact"
+        assert engine.backend == "cpu, compiled"
+        assert engine.why == "a CPU gains nothing from fp16; graphs are a GPU's"
         assert row(english, "s3gen.inference").runs == "stock"
         assert row(english, "watermark").runs == "none"
         assert row(english, "  cfg_sample")[2:] == ("extension", "compiled for cpu")

@@ -11,9 +11,9 @@ import torch
 from chatterbox.models.t3 import T3
 from chatterbox.models.t3.llama_configs import LLAMA_CONFIGS
 from chatterbox.models.tokenizers import EnTokenizer
+from conftest import tokens_of
 
 from chatterbox_fast.ops import cfg_sample
-from chatterbox_fast.t3 import runner
 from chatterbox_fast.testing import (
     VOICE_PROMPT,
     random_model,
@@ -41,7 +41,7 @@ def test_a_seed_names_a_model() -> None:
 @pytest.mark.parametrize("stop_after", [1, 5, 30])
 def test_it_stops_where_it_is_told_to(t3_cond: Any, stop_after: int) -> None:
     t3 = random_t3("english", "tiny", stop_after=stop_after)
-    tokens = runner.inference(t3, t3_cond=t3_cond, text_tokens=TEXT, max_new_tokens=100)[0]
+    tokens = tokens_of(t3, t3_cond=t3_cond, text_tokens=TEXT, max_new_tokens=100)[0]
     assert len(tokens) == stop_after + 1
     assert tokens[-1] == t3.hp.stop_speech_token
     assert (tokens[:-1] < t3.hp.start_speech_token).all(), "no other special token"
@@ -62,7 +62,7 @@ def test_logits_spread_as_trained_ones_do(
     monkeypatch.setattr("chatterbox_fast.ops.cfg_sample", watched)
     torch.manual_seed(1)
     t3 = random_t3("english", size)
-    runner.inference(t3, t3_cond=t3_cond, text_tokens=TEXT, max_new_tokens=30)
+    tokens_of(t3, t3_cond=t3_cond, text_tokens=TEXT, max_new_tokens=30)
     assert 2.0 < sum(entropies) / len(entropies) < 4.5
 
 

@@ -9,61 +9,42 @@ every quantity that changes from step to step (position, count, flags, parameter
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops, reference
+from .. import ops
+from .backbone import EAGER, Layers, last_logits
 from .state import DecodeState
-from .weights import LayerWeights, T3Weights
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer number, q, k, v), each (B, H, S, D) and not rotated -> attention output, same shape."""
+from .weights import T3Weights
 
 
 def decode_step(
-    weights: T3Weights, state: DecodeState, generator: torch.Generator | None = None
+    weights: T3Weights,
+    state: DecodeState,
+    slots: int,
+    generator: torch.Generator | None = None,
+    layers: Layers = EAGER,
 ) -> None:
-    """Runs the last drawn token through the backbone and draws the next one, in place."""
+    """Runs the last drawn token through the backbone and draws the next one, in place.
 
-    def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.decode_attention(
-            q, k, v, state.k_cache[number], state.v_cache[number], state.position,
-            state.cos, state.sin,
-        )  # fmt: skip
-
-    hidden = backbone(weights, state.embedding, attend)
-    state.position += 1
-    draw_token(weights, state, last_logits(weights, hidden), generator)
+    Args:
+        slots: how many cache slots attention looks at; more than `state.position`. The fewer, the
+            less is read; in a CUDA graph it is the capacity.
+    """
+    logits = step_logits(weights, state, slots, layers)
+    draw_token(weights, state, logits, generator)
 
 
-def backbone(weights: T3Weights, x: Tensor, attend: Attend) -> Tensor:
-    """All layers over ``(B, S, dim)``; `attend` decides what attention sees and caches."""
-    for number, layer in enumerate(weights.layers):
-        x = x + _attention(weights, layer, number, x, attend)
-        hidden = reference.rms_norm(x, layer.post_norm, weights.eps)
-        gated = F.silu(F.linear(hidden, layer.gate)) * F.linear(hidden, layer.up)
-        x = x + F.linear(gated, layer.down)
-    return x
-
-
-def _attention(
-    weights: T3Weights, layer: LayerWeights, number: int, x: Tensor, attend: Attend
+def step_logits(
+    weights: T3Weights, state: DecodeState, slots: int, layers: Layers = EAGER
 ) -> Tensor:
-    hidden = reference.rms_norm(x, layer.input_norm, weights.eps)
-    rows, length, _ = hidden.shape
-    split = (rows, length, weights.heads, weights.head_dim)
-    q, k, v = (F.linear(hidden, w).view(split).transpose(1, 2) for w in (layer.q, layer.k, layer.v))
-    out = attend(number, q, k, v)
-    return F.linear(out.transpose(1, 2).reshape(rows, length, -1), layer.o)
-
-
-def last_logits(weights: T3Weights, hidden: Tensor) -> Tensor:
-    """Logits ``(B, V)`` of the last position of ``(B, S, dim)``."""
-    last = reference.rms_norm(hidden[:, -1], weights.norm, weights.eps)
-    return F.linear(last, weights.head)
+    """Logits ``(B, V)`` after `state.embedding`, whose keys and values are appended."""
+    x = state.embedding
+    for number, layer in enumerate(weights.layers):
+        k_cache, v_cache = state.k_cache[number, :, :, :slots], state.v_cache[number, :, :, :slots]
+        x = layers.decode(layer, x, k_cache, v_cache, state.position, state.cos, state.sin)
+    state.position += 1
+    return last_logits(weights, x)
 
 
 def draw_token(
@@ -72,15 +53,20 @@ def draw_token(
     logits: Tensor,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Draws a token from `logits` ``(B, V)`` and prepares the next step's input, in place.
-
-    The token drawn as number i enters the next step as ``speech_emb[token] + speech_pos[i + 1]``.
-    """
+    """Draws a token from `logits` ``(B, V)`` and prepares the next step's input, in place."""
     token = ops.cfg_sample(
         logits, state.seen, state.params, state.flags, stop_token=state.stop_token,
         generator=generator, philox=state.philox, backend=state.backend,
     )  # fmt: skip
+    feed_token(weights, state, token)
+
+
+def feed_token(weights: T3Weights, state: DecodeState, token: Tensor) -> None:
+    """Makes `token` ``(R,)`` the next of the sequence and the next step's input, in place.
+
+    The token drawn as number i enters the next step as ``speech_emb[token] + speech_pos[i + 1]``.
+    """
     state.tokens.index_copy_(1, state.count, token[:, None])
     state.count += 1
     embedding = weights.speech_emb[token] + weights.speech_pos.index_select(0, state.count)
-    state.embedding.copy_(embedding.expand(state.embedding.shape[0], -1)[:, None])
+    state.embedding.copy_(embedding.expand(state.rows, -1)[:, None])

@@ -1,53 +1,185 @@
-"""Conditioning and text through T3 in one pass, straight into the KV cache."""
+"""Conditioning and text through T3 in one pass, straight into the KV cache.
+
+The voice comes first in the sequence, and attention looks back only: what its positions leave in
+the cache is the same for every text and for both rows of CFG. It is computed once a voice.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from threading import Lock
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
-from .decode_step import backbone, last_logits
+from .backbone import EAGER, Layers, last_logits
 from .state import DecodeState
 from .weights import T3Weights
 
+Rotary = Callable[[int], tuple[Tensor, Tensor]]
+"""positions -> cos and sin ``(positions, D)``."""
 
-def prefix_embeds(
-    t3: Any,
-    t3_cond: Any,
-    text_tokens: Tensor,
-    initial_speech_tokens: Tensor | None,
-    cfg_weight: float,
+MOST_VOICES = 16
+"""Prefixes that are kept: 8 MB each at full size in float32."""
+
+
+class VoicePrefix(NamedTuple):
+    """What a voice leaves in the cache: ``(L, 1, H, P, D)`` each, for P positions."""
+
+    k: Tensor
+    v: Tensor
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return self.k.shape[3]
+
+
+class VoicePrefixes:
+    """The prefixes of the voices spoken with last, found by the values of the conditioning."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._kept: OrderedDict[bytes, VoicePrefix] = OrderedDict()
+
+    def get(self, key: bytes, make: Callable[[], VoicePrefix]) -> VoicePrefix:
+        """The prefix kept under `key`, else a new one."""
+        with self._lock:
+            if (prefix := self._kept.get(key)) is not None:
+                self._kept.move_to_end(key)
+                return prefix
+        prefix = make()
+        with self._lock:
+            self._kept[key] = prefix
+            while len(self._kept) > MOST_VOICES:
+                self._kept.popitem(last=False)
+        return prefix
+
+    def clear(self) -> None:
+        """Forgets all."""
+        with self._lock:
+            self._kept.clear()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+def check_conditioning(t3: Any, t3_cond: Any) -> bytes:
+    """The key of a voice: a digest of all its values, which are read on the host once.
+
+    Raises:
+        ValueError: a field that this model needs is missing, has another shape, is on another
+            device, or is not finite: a voice that was prepared by a model of another class.
+    """
+    digest = hashlib.blake2b()
+    sizes = {"speaker_emb": t3.hp.speaker_embed_size, "emotion_adv": 1}
+    wanted = {"speaker_emb", *(["emotion_adv"] if t3.hp.emotion_adv else [])}
+    for name in ("speaker_emb", "cond_prompt_speech_tokens", "cond_prompt_speech_emb",
+                 "emotion_adv"):  # fmt: skip
+        value: Any = getattr(t3_cond, name, None)
+        if not torch.is_tensor(value):
+            _must(name not in wanted, name, "a tensor for this model", value)
+            continue
+        size = sizes.get(name)
+        _must(size in (None, value.numel()), name, f"of {size} values", tuple(value.shape))
+        _must(value.device == t3.device, name, f"on {t3.device} as T3 is", value.device)
+        host = value.detach().cpu().flatten()
+        _must(bool(host.isfinite().all()), name, "finite", "NaN or infinite values")
+        digest.update(f"{name} {host.dtype} {tuple(value.shape)}".encode())
+        digest.update(host.view(torch.uint8).numpy().tobytes())
+    _check_prompt(t3, getattr(t3_cond, "cond_prompt_speech_tokens", None))
+    return digest.digest()
+
+
+def _check_prompt(t3: Any, tokens: Tensor | None) -> None:
+    if tokens is None or not tokens.numel():
+        return
+    name, vocabulary = "cond_prompt_speech_tokens", t3.speech_emb.num_embeddings
+    known = int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary
+    _must(known, name, f"in [0, {vocabulary})", f"{int(tokens.min())} to {int(tokens.max())}")
+    most = t3.speech_pos_emb.emb.num_embeddings
+    _must(tokens.shape[-1] <= most, name, f"at most {most} long", tokens.shape[-1])
+
+
+def _must(ok: bool, name: str, must: str, got: object) -> None:
+    if not ok:
+        raise ValueError(
+            f"chatterbox_fast: the voice's {name} must be {must}, got {got}; "
+            "was it prepared by a model of another class?"
+        )
+
+
+def voice_prefix(
+    t3: Any, t3_cond: Any, weights: T3Weights, rotary: Rotary, layers: Layers = EAGER
+) -> VoicePrefix:
+    """Runs a voice's conditioning through the backbone. `t3_cond` is not written to."""
+    embeds = t3.prepare_conditioning(copy.copy(t3_cond))
+    shape = (len(weights.layers), 1, weights.heads, embeds.shape[1], weights.head_dim)
+    prefix = VoicePrefix(*(embeds.new_zeros(shape, dtype=weights.cache_dtype) for _ in range(2)))
+    _extend(weights, prefix.k, prefix.v, 0, embeds, rotary, layers)
+    return prefix
+
+
+def text_embeds(
+    t3: Any, text_tokens: Tensor, initial_speech_tokens: Tensor | None, cfg_weight: float
 ) -> Tensor:
-    """T3's input before the first token: ``(B, S, dim)``, B = 2 with CFG, else 1.
+    """T3's input between the voice and the first token: ``(B, S, dim)``, B = 2 with CFG, else 1.
 
-    Conditioning, text ``(1, S)``, and the start token twice, both at speech position 0: stock
-    appends one as `initial_speech_tokens` and one as `bos_embed`. With CFG, row 1 has its text
-    embeddings zeroed before the text positions are added: it keeps those and the conditioning.
+    Text ``(1, S)``, and the start token twice, both at speech position 0: stock appends one as
+    `initial_speech_tokens` and one as `bos_embed`. With CFG, row 1 has its text embeddings zeroed
+    before the text positions are added: it keeps those.
     """
     rows = 2 if cfg_weight > 0 else 1
     text = text_tokens.expand(rows, -1)
+    embedded = t3.text_emb(text)
+    embedded[1:].zero_()
     start = torch.full_like(text[:, :1], t3.hp.start_speech_token)
     speech = start if initial_speech_tokens is None else initial_speech_tokens.expand(rows, -1)
-    embeds, _ = t3.prepare_input_embeds(
-        t3_cond=t3_cond, text_tokens=text, speech_tokens=speech, cfg_weight=cfg_weight
+    return torch.cat(
+        [
+            embedded + t3.text_pos_emb(text),
+            t3.speech_emb(speech) + t3.speech_pos_emb(speech),
+            t3.speech_emb(start) + t3.speech_pos_emb.get_fixed_embedding(0),
+        ],
+        dim=1,
     )
-    bos = t3.speech_emb(start) + t3.speech_pos_emb.get_fixed_embedding(0)
-    return torch.cat([embeds, bos], dim=1)
 
 
-def prefill(weights: T3Weights, state: DecodeState, embeds: Tensor) -> Tensor:
-    """Runs ``(B, S, dim)`` through the backbone, fills cache slots 0..S-1, returns last logits."""
-    length = embeds.shape[1]
-    cos, sin = state.cos[:length], state.sin[:length]
+def prefill(
+    weights: T3Weights,
+    state: DecodeState,
+    prefix: VoicePrefix,
+    embeds: Tensor,
+    rotary: Rotary,
+    layers: Layers = EAGER,
+) -> Tensor:
+    """Fills the cache with the voice and ``(B, S, dim)`` after it; returns the last logits."""
+    start, end = prefix.length, prefix.length + embeds.shape[1]
+    state.k_cache[:, :, :, :start] = prefix.k
+    state.v_cache[:, :, :, :start] = prefix.v
+    hidden = _extend(weights, state.k_cache, state.v_cache, start, embeds, rotary, layers)
+    state.position.fill_(end)
+    return last_logits(weights, hidden)
 
-    def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k = reference.apply_rope(k, cos, sin)
-        state.k_cache[number, :, :, :length] = k
-        state.v_cache[number, :, :, :length] = v
-        q = reference.apply_rope(q, cos, sin)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    return last_logits(weights, backbone(weights, embeds, attend))
+def _extend(
+    weights: T3Weights,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: int,
+    x: Tensor,
+    rotary: Rotary,
+    layers: Layers,
+) -> Tensor:
+    """Runs ``(B, S, dim)`` as the positions from `start` on; the hidden states of those."""
+    length = x.shape[1]
+    end = start + length
+    cos, sin = (table[start:end] for table in rotary(end))
+    mask = torch.ones(length, end, dtype=torch.bool, device=x.device).tril(diagonal=start)
+    for number, layer in enumerate(weights.layers):
+        x = layers.prefill(layer, x, k_cache[number], v_cache[number], start, cos, sin, mask)
+    return x

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import dispatch, reference
+from .. import reference
 from ..ops import SamplingParams
-from ..options import Backend
 from ..request import current_request
 from ..rng import PhiloxStream
-from .decode_step import decode_step, draw_token
-from .prefill import prefill, prefix_embeds
+from .decode_step import draw_token
+from .engine import Engine, out_of_memory_is_clear
+from .pool import Lease
+from .prefill import VoicePrefix, prefill, text_embeds
 from .state import CAPACITIES, DecodeState
-from .weights import T3Weights
+
+POLL_EVERY = 4
+"""Steps between two looks at the flags on a GPU, which then runs up to twice as many too far."""
 
 
 @torch.inference_mode()
 def inference(
     t3: Any,
+    engine: Engine,
     *,
     t3_cond: Any,
     text_tokens: Tensor,
@@ -39,12 +42,12 @@ def inference(
     repetition_penalty: float = 1.2,
     cfg_weight: float = 0.5,
     generator: torch.Generator | None = None,
-    backend: Backend = "auto",
 ) -> Tensor:
-    """Speech tokens for a text; stock's ``T3.inference`` with a static KV cache.
+    """Speech tokens for a text: what stock's ``T3.inference`` returns.
 
     Args:
         t3: the stock module.
+        engine: made for it.
         t3_cond: stock's `T3Cond`. Not changed: stock stores the prompt's embedding in it.
         text_tokens: ``(S,)``, ``(1, S)`` or ``(2, S)`` ints with start and stop token. Only the
             first row is read: stock passes two for CFG and blanks the second one's text.
@@ -52,18 +55,19 @@ def inference(
         max_new_tokens: at most this many tokens; None is the model's own maximum.
         temperature, top_p, min_p, repetition_penalty, cfg_weight: see `SamplingParams`.
         generator: what to draw from; None is torch's global one.
-        backend: which implementation of the ops to prefer.
         num_return_sequences, stop_on_eos, do_sample, length_penalty: ignored, as in stock.
 
     Returns:
-        ``(1, n)`` int64, the stop token included where it was drawn: in float32 stock's own
-        tokens from the same generator state, which is left where stock leaves it. With
+        ``(1, n)`` int64, the stop token included where it was drawn: in exact precision stock's
+        own tokens from the same generator state, which is left where stock leaves it. With
         ``cfg_weight=0``, where stock's generate() crashes, the unconditional row is left out.
 
     Raises:
-        ValueError: a parameter out of range, a text or a token count beyond the model's positions.
+        ValueError: a parameter out of range, a text or a token count beyond the model's positions,
+            a voice that does not fit the model.
         NotImplementedError: `prepend_prompt_speech_tokens`, as in stock.
         RuntimeError: the model's logits had a NaN or nothing finite.
+        torch.OutOfMemoryError: also with the engine's caches freed.
     """
     del num_return_sequences, stop_on_eos, do_sample, length_penalty
     if prepend_prompt_speech_tokens is not None:
@@ -71,79 +75,127 @@ def inference(
     sampling = SamplingParams(cfg_weight, repetition_penalty, temperature, min_p, top_p)
     text = check_text(t3, text_tokens)
     limit = check_max_new_tokens(t3, max_new_tokens)
-    weights = T3Weights.of(t3)
     initial = check_initial_speech_tokens(t3, initial_speech_tokens)
-    embeds = prefix_embeds(t3, copy.copy(t3_cond), text, initial, cfg_weight)
-    rows, prefix, _ = embeds.shape
-    if prefix + limit > CAPACITIES[-1]:
-        raise ValueError(
-            f"chatterbox_fast: max_new_tokens must be at most {CAPACITIES[-1] - prefix} after "
-            f"{prefix} positions of conditioning and text, got {limit}"
-        )
-    state = DecodeState.allocate(
-        weights,
-        sampling,
-        rows=rows,
-        prefix=prefix,
-        max_new_tokens=limit,
-        start_token=t3.hp.start_speech_token,
-        stop_token=t3.hp.stop_speech_token,
-        backend=backend,
-    )
-    logits = prefill(weights, state, embeds)
-    stream = _philox_stream(state, logits, generator, limit)
-    draw_token(weights, state, logits, generator)
-    drawn = _decode(weights, state, generator, prefix, limit)
+    with out_of_memory_is_clear(engine):
+        voice = engine.voice(t3, t3_cond)
+        embeds = text_embeds(t3, text, initial, cfg_weight)
+        start = voice.length + embeds.shape[1]
+        check_length(start, limit)
+        with engine.slots.lease(len(embeds), start + 1) as lease:
+            state = lease.slot.state
+            state.reset(sampling, t3.hp.start_speech_token)
+            return _speak(engine, lease, voice, embeds, limit, generator)
+
+
+def _speak(
+    engine: Engine,
+    lease: Lease,
+    voice: VoicePrefix,
+    embeds: Tensor,
+    limit: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    state, weights = lease.slot.state, engine.weights
+    logits = prefill(weights.prefill, state, voice, embeds, engine.rotary, engine.layers)
+    stream = _philox_stream(state, generator, limit)
+    draw_token(weights.decode, state, logits, generator)
+    drawn = _decode(lease, generator, voice.length + embeds.shape[1], limit)
+    tokens = lease.slot.state.tokens[:, :drawn].clone()
+    used = _up_to_stop(tokens[0], state.stop_token)
     if stream is not None:
-        stream.close(drawn)
-    return state.tokens[:, :drawn].clone()
+        stream.close(used)
+    return tokens[:, :used]
 
 
 def _philox_stream(
-    state: DecodeState, logits: Tensor, generator: torch.Generator | None, draws: int
+    state: DecodeState, generator: torch.Generator | None, draws: int
 ) -> PhiloxStream | None:
-    """On a GPU, where a kernel draws: gives `state` the generator's next numbers."""
-    backend = dispatch.choose("cfg_sample", logits.device, state.backend, logits.dtype).backend
-    if not logits.is_cuda or backend == "reference":
+    """Where a kernel draws on a GPU: gives `state` the generator's next numbers."""
+    if state.philox is None:
         return None
-    stream = PhiloxStream(generator, logits.device, logits.shape[-1], draws)
-    state.philox = stream.state
+    stream = PhiloxStream(generator, state.philox.device, state.seen.shape[1], draws)
+    state.philox.copy_(stream.state)
     return stream
 
 
-def _decode(
-    weights: T3Weights,
-    state: DecodeState,
-    generator: torch.Generator | None,
-    prefix: int,
-    limit: int,
-) -> int:
-    """Steps until the stop token or `limit` tokens; the number of tokens drawn."""
-    with tqdm(
-        total=limit, desc="Sampling", dynamic_ncols=True, disable=not current_request().progress
-    ) as bar:
-        for drawn in range(1, limit + 1):
-            bar.update()
-            if _finished(state, drawn) or drawn == limit:
-                return drawn
-            state.grow(weights, prefix + drawn)
-            decode_step(weights, state, generator)
-    raise AssertionError("unreachable: limit is at least 1")
+def _decode(lease: Lease, generator: torch.Generator | None, start: int, limit: int) -> int:
+    """Steps until the stop token was seen or `limit` tokens; the number of tokens drawn.
 
-
-def _finished(state: DecodeState, drawn: int) -> bool:
-    """Reads the flags on the host: the loop's only synchronisation.
-
-    Raises:
-        RuntimeError: a token had to be drawn from logits with a NaN or nothing finite.
+    On a GPU some are drawn after the stop token.
     """
-    flags = int(state.flags)
+    poll = FlagPoll(late=lease.slot.state.philox is not None)
+    hidden = not current_request().progress
+    with tqdm(total=limit, desc="Sampling", dynamic_ncols=True, disable=hidden) as bar:
+        for drawn in range(1, limit):
+            bar.update()
+            if poll.finished(lease.slot.state.flags, drawn):
+                return drawn
+            lease.grow(start + drawn - 1)
+            lease.slot.step(start + drawn, generator)
+        bar.update()
+    poll.finish(lease.slot.state.flags, limit)
+    return limit
+
+
+class FlagPoll:
+    """Reads a request's flags on the host: at every token, or late and rarely on a GPU.
+
+    There the flags are copied every `POLL_EVERY` steps, and a copy is looked at when the next one
+    is under way: the host waits for steps that are done, and the stream never runs dry.
+    """
+
+    def __init__(self, late: bool) -> None:
+        """`late`: tokens drawn too many cost nothing, as their random numbers are given back."""
+        self._late = late
+        self._copies: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def finished(self, flags: Tensor, drawn: int) -> bool:
+        """Whether the stop token is known to be among the `drawn` tokens.
+
+        Raises:
+            RuntimeError: a token had to be drawn from logits with a NaN or nothing finite.
+        """
+        if not self._late:
+            return _stopped(int(flags), f"token {drawn}")
+        if drawn % POLL_EVERY:
+            return False
+        copy, copied = torch.empty(1, dtype=torch.int32, pin_memory=True), torch.cuda.Event()
+        copy.copy_(flags, non_blocking=True)
+        copied.record()
+        self._copies.append((copy, copied))
+        if len(self._copies) < 2:
+            return False
+        copy, copied = self._copies.pop(0)
+        copied.synchronize()
+        return _stopped(int(copy), f"a token before number {drawn}")
+
+    def finish(self, flags: Tensor, drawn: int) -> None:
+        """After the last token: raises as `finished` does."""
+        _stopped(int(flags), f"token {drawn} or one before")
+
+
+def _stopped(flags: int, where: str) -> bool:
     if flags & reference.FAILED:
         raise RuntimeError(
-            f"chatterbox_fast: T3's logits for token {drawn} have a NaN or no finite value; "
+            f"chatterbox_fast: T3's logits for {where} have a NaN or no finite value; "
             "check the conditioning and the weights"
         )
     return bool(flags & reference.STOPPED)
+
+
+def _up_to_stop(tokens: Tensor, stop_token: int) -> int:
+    """How many of `tokens` ``(n,)`` there are up to the first stop token, which counts."""
+    stops = (tokens == stop_token).nonzero()
+    return int(stops[0]) + 1 if len(stops) else len(tokens)
+
+
+def check_length(start: int, limit: int) -> None:
+    """Raises ValueError where `limit` tokens after `start` positions are more than any cache."""
+    if start + limit > CAPACITIES[-1]:
+        raise ValueError(
+            f"chatterbox_fast: max_new_tokens must be at most {CAPACITIES[-1] - start} after "
+            f"{start} positions of conditioning and text, got {limit}"
+        )
 
 
 def check_text(t3: Any, text_tokens: Tensor) -> Tensor:
@@ -177,7 +229,8 @@ def check_initial_speech_tokens(t3: Any, tokens: Tensor | None) -> Tensor | None
     """`tokens` as one row ``(1, n)`` int64 on the model's device.
 
     Raises:
-        ValueError: another shape, rows that differ, or an id the model does not have.
+        ValueError: another shape, rows that differ, an id the model does not have, or more than
+            it has positions.
     """
     if tokens is None:
         return None
@@ -190,6 +243,12 @@ def check_initial_speech_tokens(t3: Any, tokens: Tensor | None) -> Tensor | None
     vocabulary = t3.speech_emb.num_embeddings
     if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= vocabulary):
         raise ValueError(f"chatterbox_fast: initial_speech_tokens must be in [0, {vocabulary})")
+    positions = t3.speech_pos_emb.emb.num_embeddings
+    if rows.shape[1] > positions:
+        raise ValueError(
+            f"chatterbox_fast: initial_speech_tokens must be at most {positions} long, "
+            f"got {rows.shape[1]}"
+        )
     return rows[:1]
 
 

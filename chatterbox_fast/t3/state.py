@@ -29,12 +29,12 @@ def capacity_for(positions: int) -> int:
     )
 
 
-@dataclass
+@dataclass(eq=False)
 class DecodeState:
     """Buffers of one request. A decode step changes them in place and reads no value on the host.
 
     Shapes: B rows of the backbone (2 with CFG, else 1), R = 1 drawn sequence, L layers, H heads,
-    C cache capacity, D head dimension, V vocabulary, N tokens at most.
+    C cache capacity, D head dimension, V vocabulary, N the model's speech positions.
     """
 
     embedding: Tensor  # (B, 1, dim)       input of the next step
@@ -56,57 +56,66 @@ class DecodeState:
     def allocate(
         cls,
         weights: T3Weights,
-        sampling: SamplingParams,
+        rotary: tuple[Tensor, Tensor],
         *,
         rows: int,
-        prefix: int,
-        max_new_tokens: int,
-        start_token: int,
         stop_token: int,
         backend: Backend = "auto",
+        philox: bool = False,
     ) -> DecodeState:
-        """Buffers for `prefix` prefilled positions and up to `max_new_tokens` tokens."""
-        capacity = capacity_for(prefix + 1)
-        like = weights.head
-        device, dtype = like.device, like.dtype
-        cache = (len(weights.layers), rows, weights.heads, capacity, weights.head_dim)
-        cos, sin = weights.rotary_table(capacity)
-        seen = torch.zeros(1, like.shape[0], dtype=torch.bool, device=device)
-        seen[:, start_token] = True
+        """Buffers for any request; `reset` makes them a certain one's.
+
+        Args:
+            rotary: cos and sin ``(C, D)``; the capacity is theirs.
+            rows: B.
+            philox: whether the random state lives on the device.
+        """
+        cos, sin = rotary
+        table = weights.speech_emb
+        device, dtype = table.device, table.dtype
+        cache = (len(weights.layers), rows, weights.heads, len(cos), weights.head_dim)
+
+        def zeros(*shape: int, of: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(shape, dtype=of, device=device)
+
         return cls(
-            embedding=torch.zeros(rows, 1, like.shape[1], dtype=dtype, device=device),
-            k_cache=torch.zeros(cache, dtype=dtype, device=device),
-            v_cache=torch.zeros(cache, dtype=dtype, device=device),
+            embedding=zeros(rows, 1, table.shape[1], of=dtype),
+            k_cache=zeros(*cache, of=weights.cache_dtype),
+            v_cache=zeros(*cache, of=weights.cache_dtype),
             cos=cos,
             sin=sin,
-            position=torch.full((1,), prefix, dtype=torch.long, device=device),
-            count=torch.zeros(1, dtype=torch.long, device=device),
-            tokens=torch.zeros(1, max_new_tokens, dtype=torch.long, device=device),
-            seen=seen,
-            params=sampling.pack(dtype, device),
-            flags=torch.zeros(1, dtype=torch.int32, device=device),
-            philox=None,
+            position=zeros(1),
+            count=zeros(1),
+            tokens=zeros(1, len(weights.speech_pos)),
+            seen=zeros(1, weights.vocabulary, of=torch.bool),
+            params=SamplingParams().pack(dtype, device),
+            flags=zeros(1, of=torch.int32),
+            philox=zeros(1, 2) if philox else None,
             stop_token=stop_token,
             backend=backend,
         )
 
+    def reset(self, sampling: SamplingParams, start_token: int) -> None:
+        """Forgets the request before; what it cached lies behind the position, which is 0."""
+        for tensor in (self.position, self.count, self.tokens, self.seen, self.flags):
+            tensor.zero_()
+        self.seen[:, start_token] = True
+        self.params.copy_(sampling.pack(self.params.dtype, self.params.device))
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.k_cache.shape[1]
+
     @property
     def capacity(self) -> int:
-        """Cache slots there are."""
+        """C."""
         return self.k_cache.shape[3]
 
-    def grow(self, weights: T3Weights, positions: int) -> None:
-        """Makes room for `positions` cache slots, keeping what is cached."""
-        capacity = capacity_for(positions)
-        if capacity <= self.capacity:
-            return
-        self.k_cache = _longer(self.k_cache, capacity)
-        self.v_cache = _longer(self.v_cache, capacity)
-        self.cos, self.sin = weights.rotary_table(capacity)
-
-
-def _longer(cache: Tensor, capacity: int) -> Tensor:
-    layers, rows, heads, old, dim = cache.shape
-    grown = cache.new_zeros(layers, rows, heads, capacity, dim)
-    grown[:, :, :, :old] = cache
-    return grown
+    def continue_from(self, other: DecodeState, positions: int) -> None:
+        """Takes over the request of `other`, which has `positions` cache slots in use."""
+        for mine, theirs in ((self.k_cache, other.k_cache), (self.v_cache, other.v_cache)):
+            mine[:, :, :, :positions].copy_(theirs[:, :, :, :positions])
+        names = ["embedding", "position", "count", "tokens", "seen", "params", "flags"]
+        for name in names if self.philox is None else [*names, "philox"]:
+            getattr(self, name).copy_(getattr(other, name))

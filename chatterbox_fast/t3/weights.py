@@ -1,237 +1,240 @@
-"""T3's parameters as plain tensors, and the check that a T3 is one we know."""
+"""T3's parameters as a decode step reads them: fused, and in the precision that was chosen.
+
+- ``exact``: the model's own values. q, k and v (gate and up) become views of one fused matrix, so
+  that nothing is stored twice and whatever is written into a parameter is seen by the engine.
+- ``bf16``, ``fp16``, ``int8`` (with a scale a row): a rounded copy of the layers' matrices and the
+  head. Norms, embeddings, sums and all that lies between the matrices stay in float32, which is
+  why the error is smaller than that of a model converted as a whole. On a GPU the copy takes the
+  place of the layers' own matrices, which wait on the host, bit for bit, until `bring_home`.
+"""
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-INFERENCE_PARAMETERS = {
-    "self",
-    "t3_cond",
-    "text_tokens",
-    "initial_speech_tokens",
-    "prepend_prompt_speech_tokens",
-    "num_return_sequences",
-    "max_new_tokens",
-    "stop_on_eos",
-    "do_sample",
-    "temperature",
-    "top_p",
-    "min_p",
-    "length_penalty",
-    "repetition_penalty",
-    "cfg_weight",
-}
-"""What stock's T3.inference takes, in the wheel 0.1.7 and at HEAD."""
-
-_PROJECTIONS = {
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-}
-_STATIC_ROPE = ("default", "linear", "llama3")
+from .. import ops
+from ..precision import Precise
+from .support import head_dim, projection_weights
 
 
-@dataclass(frozen=True)
-class LayerWeights:
-    """One Llama layer; projections are ``(out, in)``, norms ``(dim,)``."""
+class Projection(NamedTuple):
+    """A linear layer without bias.
+
+    `kernel` names what runs it for a few rows: a backend of `skinny_linear`, or ``"torch"``.
+    """
+
+    weight: Tensor  # (N, K), float or int8
+    scale: Tensor | None  # (N,) float32 of an int8 weight
+    kernel: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x @ weight.T`` over the last dimension of x, in x's dtype."""
+        if self.kernel != "torch" and x.numel() <= ops.MAX_SKINNY_ROWS * x.shape[-1]:
+            kernel, rows = ops.skinny_linear_by(self.kernel), x.reshape(-1, x.shape[-1])
+            return kernel(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
+        if self.scale is None:
+            return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+        half = torch.bfloat16
+        weight = self.weight.to(half) * self.scale.to(half)[:, None]
+        return F.linear(x.to(half), weight).to(x.dtype)
+
+
+class LayerWeights(NamedTuple):
+    """One Llama layer; norms are ``(dim,)``."""
 
     input_norm: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
+    qkv: Projection
+    o: Projection
     post_norm: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    gate_up: Projection
+    down: Projection
+    heads: int
+    eps: float
 
 
-@dataclass(frozen=True)
-class T3Weights:
-    """What a decode step reads. The tensors are the model's own: nothing is copied.
-
-    Gathered anew for every request, so that `.to()`, a dtype change or newly loaded weights are
-    seen by the next one.
-    """
+class T3Weights(NamedTuple):
+    """What prefill or a decode step reads."""
 
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     eps: float
-    head: Tensor  # (V, dim)
+    head: Projection  # (V, dim)
     speech_emb: Tensor  # (V, dim)
     speech_pos: Tensor  # (positions, dim)
     heads: int
     head_dim: int
-    rotary: nn.Module
+    cache_dtype: torch.dtype  # of keys and values
 
-    @classmethod
-    def of(cls, t3: Any) -> T3Weights:
-        """Gathers the weights of a T3 that `why_unsupported` has nothing against."""
-        tfmr = t3.tfmr
-        return cls(
-            layers=tuple(_layer(layer) for layer in tfmr.layers),
-            norm=tfmr.norm.weight,
-            eps=tfmr.norm.variance_epsilon,
-            head=t3.speech_head.weight,
-            speech_emb=t3.speech_emb.weight,
-            speech_pos=t3.speech_pos_emb.emb.weight,
-            heads=t3.cfg.num_attention_heads,
-            head_dim=_head_dim(t3.cfg),
-            rotary=tfmr.rotary_emb,
-        )
-
-    def rotary_table(self, positions: int) -> tuple[Tensor, Tensor]:
-        """cos and sin ``(positions, head_dim)``, computed by stock's own rotary module."""
-        index = torch.arange(positions, device=self.head.device)[None]
-        cos, sin = self.rotary(self.head, index)
-        return cos[0], sin[0]
+    @property
+    def vocabulary(self) -> int:
+        """Ids there are."""
+        return self.head.weight.shape[0]
 
 
-def _layer(layer: Any) -> LayerWeights:
-    attention, mlp = layer.self_attn, layer.mlp
-    return LayerWeights(
-        input_norm=layer.input_layernorm.weight,
-        q=attention.q_proj.weight,
-        k=attention.k_proj.weight,
-        v=attention.v_proj.weight,
-        o=attention.o_proj.weight,
-        post_norm=layer.post_attention_layernorm.weight,
-        gate=mlp.gate_proj.weight,
-        up=mlp.up_proj.weight,
-        down=mlp.down_proj.weight,
-    )
+class Packed(NamedTuple):
+    """The weights of one T3. The two are the same where one copy serves both."""
+
+    prefill: T3Weights
+    decode: T3Weights
 
 
-def _head_dim(config: Any) -> int:
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+def pack(t3: Any, precise: Precise) -> Packed:
+    """Packs the weights of a T3 that `why_unsupported` has nothing against.
 
-
-def why_unsupported(t3: Any) -> str | None:
-    """The reason why this T3 must be left to stock, or None where the engine computes the same.
-
-    Checks what the module is, not which release it came from: its class, configuration, layer
-    types, shapes, dtype, devices and hooks.
+    On a CPU prefill always reads the model's own matrices: there they stay where they are, and many
+    rows at once are bound by arithmetic, which float32 does best.
     """
-    if not isinstance(t3, nn.Module) or not _is(t3, "T3", "chatterbox."):
-        return f"t3 is a {type(t3).__qualname__}, not Chatterbox's T3"
-    if t3.training:
-        return "the module is in training mode"
-    if t3.is_gpt:
-        return "no engine yet for the GPT-2 backbone of Turbo and Nano"
-    if t3.hp.is_multilingual and _has_alignment_analyzer(t3):
-        return "no engine yet for this release's multilingual alignment analysis"
-    return (
-        _why_not_inference(type(t3))
-        or _why_not_config(t3)
-        or _why_not_layers(t3)
-        or _why_not_called(t3)
-        or _why_not_tensors(t3)
-        or _why_not_autocast(t3)
+    with torch.inference_mode(False), torch.no_grad():
+        if precise.precision == "exact":
+            own = _gather(t3, _Share(t3, precise))
+            return Packed(own, own)
+        narrow = _gather(t3, _Narrow(t3, precise))
+        if t3.device.type == "cuda":
+            return Packed(narrow, narrow)
+        return Packed(_gather(t3, _Share(t3, precise)), narrow)
+
+
+class _Share:
+    """Makes a projection of the parameters themselves, fused where there are several."""
+
+    def __init__(self, t3: Any, precise: Precise) -> None:
+        self.kernel = precise.kernel
+        self.cache_dtype = t3.speech_head.weight.dtype
+
+    def __call__(self, *parameters: nn.Parameter) -> Projection:
+        return Projection(fuse(parameters), None, self.kernel)
+
+
+class _Narrow:
+    """Makes a projection of a copy in fewer bits, on the model's device."""
+
+    def __init__(self, t3: Any, precise: Precise) -> None:
+        self.kernel, self.dtype, self.device = precise.kernel, precise.dtype, t3.device
+        # A CPU's attention is fastest in float32; a GPU reads half the bytes.
+        on_gpu = self.device.type == "cuda"
+        floating = self.dtype if self.dtype.is_floating_point else torch.bfloat16
+        self.cache_dtype = floating if on_gpu else torch.float32
+
+    def __call__(self, *parameters: nn.Parameter) -> Projection:
+        parts = [_narrow(parameter.detach(), self.dtype) for parameter in parameters]
+        weight = torch.cat([weight.to(self.device) for weight, _ in parts])
+        scales = [scale.to(self.device) for _, scale in parts if scale is not None]
+        return Projection(weight, torch.cat(scales) if scales else None, self.kernel)
+
+
+def _narrow(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """`weight` in `dtype`; int8 symmetric, with a scale ``(N,)`` for each row."""
+    if dtype != torch.int8:
+        return weight.to(dtype), None
+    scale = weight.abs().amax(dim=1).float() / 127
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+def _gather(t3: Any, projection: _Share | _Narrow) -> T3Weights:
+    tfmr, heads = t3.tfmr, t3.cfg.num_attention_heads
+    return T3Weights(
+        layers=tuple(_layer(layer, heads, projection) for layer in tfmr.layers),
+        norm=tfmr.norm.weight.detach(),
+        eps=tfmr.norm.variance_epsilon,
+        head=projection(t3.speech_head.weight),
+        speech_emb=t3.speech_emb.weight.detach(),
+        speech_pos=t3.speech_pos_emb.emb.weight.detach(),
+        heads=heads,
+        head_dim=head_dim(t3.cfg),
+        cache_dtype=projection.cache_dtype,
     )
 
 
-def _is(thing: Any, name: str, package: str) -> bool:
-    """Whether `thing` is exactly of the class `name` of `package`, not of a subclass."""
-    return type(thing).__qualname__ == name and type(thing).__module__.startswith(package)
+def _layer(layer: Any, heads: int, projection: _Share | _Narrow) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    norm = layer.input_layernorm
+    return LayerWeights(
+        input_norm=norm.weight.detach(),
+        qkv=projection(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
+        o=projection(attention.o_proj.weight),
+        post_norm=layer.post_attention_layernorm.weight.detach(),
+        gate_up=projection(mlp.gate_proj.weight, mlp.up_proj.weight),
+        down=projection(mlp.down_proj.weight),
+        heads=heads,
+        eps=norm.variance_epsilon,
+    )
 
 
-def _has_alignment_analyzer(t3: Any) -> bool:
-    module = inspect.getmodule(type(t3))
-    return hasattr(module, "AlignmentStreamAnalyzer")
+def fuse(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The matrices ``(N_i, K)`` on top of each other; the parameters become views of the result.
+
+    Parameters that already are such views are left alone.
+    """
+    first = parameters[0]
+    if len(parameters) == 1:
+        return first.detach()
+    rows, inputs = sum(len(p) for p in parameters), first.shape[1]
+    if not _are_fused(parameters):
+        fused = torch.cat([p.detach() for p in parameters])
+        start = 0
+        for parameter in parameters:
+            parameter.data = fused[start : start + len(parameter)]
+            start += len(parameter)
+    return first.detach().as_strided((rows, inputs), (inputs, 1))
 
 
-def _why_not_inference(stock_class: type) -> str | None:
-    # The class's method, not the instance's attribute, which may be our own replacement.
-    method = stock_class.inference  # type: ignore[attr-defined]
-    parameters = set(inspect.signature(method).parameters)
-    if parameters != INFERENCE_PARAMETERS:
-        odd = ", ".join(sorted(parameters ^ INFERENCE_PARAMETERS))
-        return f"T3.inference has another signature than the releases we know: {odd}"
-    while hasattr(method, "__wrapped__"):
-        if "torch" not in method.__code__.co_filename:  # stock's own wrapper is inference_mode's
-            return "T3.inference is wrapped by someone else"
-        method = method.__wrapped__
-    if method.__code__.co_filename != inspect.getsourcefile(stock_class):
-        return "T3.inference was replaced on the class"
-    return None
+def _are_fused(parameters: Sequence[nn.Parameter]) -> bool:
+    expected = parameters[0].data_ptr()
+    storage = parameters[0].untyped_storage().data_ptr()
+    for parameter in parameters:
+        if not parameter.is_contiguous() or parameter.data_ptr() != expected:
+            return False
+        if parameter.untyped_storage().data_ptr() != storage:
+            return False
+        expected += parameter.nbytes
+    return True
 
 
-def _why_not_config(t3: Any) -> str | None:
-    config, rotary = t3.cfg, getattr(t3.tfmr, "rotary_emb", None)
-    if not _is(t3.tfmr, "LlamaModel", "transformers.") or rotary is None:
-        return f"the backbone is a {type(t3.tfmr).__qualname__}, not transformers' LlamaModel"
-    if config.hidden_act != "silu":
-        return f"hidden_act is {config.hidden_act!r}, not 'silu'"
-    if config.num_key_value_heads != config.num_attention_heads:
-        return "grouped-query attention is not Chatterbox's"
-    if rotary.rope_type not in _STATIC_ROPE:
-        return f"rotary type {rotary.rope_type!r} depends on the length"
-    if t3.speech_pos_emb is None or t3.hp.input_pos_emb != "learned":
-        return "the speech positions are not learned embeddings"
-    return None
+def separate(tfmr: Any) -> None:
+    """Undoes `fuse`: every matrix of the layers has its own memory again, with the same values."""
+    with torch.inference_mode(False), torch.no_grad():
+        for parameter in projection_weights(tfmr):
+            if parameter.untyped_storage().nbytes() != parameter.nbytes:
+                parameter.data = parameter.detach().clone()
 
 
-def _why_not_layers(t3: Any) -> str | None:
-    linears = {"speech_head": t3.speech_head}
-    norms = {"norm": t3.tfmr.norm}
-    for number, layer in enumerate(t3.tfmr.layers):
-        for part, names in _PROJECTIONS.items():
-            for name in names:
-                linears[f"layer {number}'s {name}"] = getattr(getattr(layer, part), name)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            norms[f"layer {number}'s {name}"] = getattr(layer, name)
-    for name, linear in linears.items():
-        if type(linear) is not nn.Linear or linear.bias is not None:
-            return f"{name} is a {type(linear).__qualname__}, not a Linear without bias"
-    for name, norm in norms.items():
-        if not _is(norm, "LlamaRMSNorm", "transformers."):
-            return f"{name} is a {type(norm).__qualname__}, not transformers' LlamaRMSNorm"
-    for name, table in (("speech_emb", t3.speech_emb), ("speech_pos_emb", t3.speech_pos_emb.emb)):
-        if type(table) is not nn.Embedding:
-            return f"{name} is a {type(table).__qualname__}, not an Embedding"
-    return None
+def send_to_host(tfmr: Any) -> None:
+    """Keeps the layers' own matrices on the host; norms stay where they are."""
+    _move_projections(tfmr, torch.device("cpu"))
 
 
-def _why_not_called(t3: Any) -> str | None:
-    """Hooks, and forwards that somebody put on an instance, which the engine would not call."""
-    for root in (t3.tfmr, t3.speech_head, t3.speech_emb, t3.speech_pos_emb):
-        for module in root.modules():
-            kind = type(module).__qualname__
-            if "forward" in vars(module):
-                return f"the forward of a {kind} is replaced and would not be called"
-            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            if any(not _belongs_to_transformers(hook) for hook in hooks):
-                return f"a forward hook on a {kind} would not be called"
-    return None
+def bring_home(tfmr: Any) -> None:
+    """Undoes `send_to_host`: the layers' own matrices are where their norms are."""
+    _move_projections(tfmr, tfmr.norm.weight.device)
 
 
-def _belongs_to_transformers(hook: Any) -> bool:
-    """transformers leaves hooks of its own on every layer to collect hidden states."""
-    return str(getattr(hook, "__module__", "")).startswith("transformers.")
+def _move_projections(tfmr: Any, device: torch.device) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        for parameter in projection_weights(tfmr):
+            if parameter.device != device:
+                parameter.data = parameter.detach().to(device)
 
 
-def _why_not_autocast(t3: Any) -> str | None:
-    return "torch.autocast is on" if torch.is_autocast_enabled(t3.device.type) else None
+def signature(t3: Any) -> tuple[Any, ...]:
+    """Changes when a parameter is replaced, moved, converted or written to.
+
+    Writing through ``parameter.data`` alone goes unnoticed, as it does for autograd.
+    """
+    return tuple(
+        (p.data_ptr(), p.device, p.dtype, 0 if p.is_inference() else p._version)
+        for p in t3.parameters()
+    )
 
 
-def _why_not_tensors(t3: Any) -> str | None:
-    parameters = list(t3.parameters())
-    dtypes = {str(p.dtype) for p in parameters}
-    if dtypes not in ({"torch.float32"}, {"torch.float64"}):
-        return f"T3's weights are {', '.join(sorted(dtypes))}; the exact engine takes float32"
-    devices = {str(p.device) for p in parameters}
-    if dtypes == {"torch.float64"} and devices != {"cpu"}:
-        return "float64 is supported on a CPU alone"
-    if len(devices) != 1 or devices == {"meta"}:
-        return f"T3's weights are on {', '.join(sorted(devices))}; the engine takes one device"
-    width = t3.cfg.num_attention_heads * _head_dim(t3.cfg)
-    for number, layer in enumerate(t3.tfmr.layers):
-        if (shape := tuple(layer.self_attn.q_proj.weight.shape)) != (width, t3.dim):
-            return f"layer {number}'s q_proj is {shape}, not {(width, t3.dim)}"
-    return None
+def bytes_of(weights: T3Weights) -> int:
+    """Memory of the layers' matrices and the head."""
+    projections = [weights.head]
+    for layer in weights.layers:
+        projections += [layer.qkv, layer.o, layer.gate_up, layer.down]
+    return sum(p.weight.nbytes + (0 if p.scale is None else p.scale.nbytes) for p in projections)

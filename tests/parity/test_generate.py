@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from chatterbox_fast import patched, report
-from chatterbox_fast.t3.prefill import prefix_embeds
+from chatterbox_fast.t3.engine import Engine
 from chatterbox_fast.testing import VOICE_PROMPT, random_model
 
 TEXT = "Hello there, my friend."
@@ -87,11 +87,13 @@ def test_parameters_reach_the_sampler(english: Any) -> None:
 def test_exaggeration_belongs_to_its_request(english: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
 
-    def watched(t3: Any, t3_cond: Any, *rest: Any) -> Tensor:
-        used.append(float(t3_cond.emotion_adv))
-        return prefix_embeds(t3, t3_cond, *rest)
+    stock = Engine.voice
 
-    monkeypatch.setattr("chatterbox_fast.t3.runner.prefix_embeds", watched)
+    def watched(self: Engine, t3: Any, t3_cond: Any) -> Any:
+        used.append(float(t3_cond.emotion_adv))
+        return stock(self, t3, t3_cond)
+
+    monkeypatch.setattr(Engine, "voice", watched)
     with patched(english):
         for exaggeration in (0.5, 1.25, 0.5):
             english.generate(TEXT, exaggeration=exaggeration, seed=9)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from chatterbox.models.t3.t3 import T3
+from conftest import tokens_of
 from torch import Tensor
 
-from chatterbox_fast.t3 import runner
 from chatterbox_fast.testing import random_t3
 
 TEXTS = (
@@ -21,6 +21,7 @@ TEXTS = (
     [255, *range(3, 60), 0],
     [255, *([7, 2, 9] * 60), 0],
 )
+EXACT = {"precision": "exact"}
 DEFAULTS = {
     "cfg_weight": 0.5,
     "temperature": 0.8,
@@ -56,8 +57,7 @@ def stock_tokens(t3: Any, cond: Any, text: list[int], seed: int, **settings: Any
 
 def our_tokens(t3: Any, cond: Any, text: list[int], seed: int, **settings: Any) -> Tensor:
     rows = torch.tensor([text, text])
-    torch.manual_seed(seed)
-    return runner.inference(t3, t3_cond=cond, text_tokens=rows, **settings)
+    return tokens_of(t3, t3_cond=cond, text_tokens=rows, seed=seed, options=EXACT, **settings)
 
 
 def assert_equal_runs(t3: Any, cond: Any, text: list[int], seed: int, **settings: Any) -> Tensor:

@@ -1,0 +1,64 @@
+"""Which precision a model computes in on a device, and why."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import dispatch
+from .options import Options
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+
+
+class Precise(NamedTuple):
+    """What the T3 engine computes in.
+
+    Attributes:
+        precision: ``"exact"``, ``"bf16"``, ``"fp16"`` or ``"int8"``.
+        dtype: what the weights are stored in; for ``"exact"`` the model's own.
+        kernel: the backend of `skinny_linear`, or ``"torch"`` for torch's own.
+        why: the reason, in a few words.
+    """
+
+    precision: str
+    dtype: torch.dtype
+    kernel: str
+    why: str
+
+
+def choose_precision(options: Options, device: torch.device, own: torch.dtype) -> Precise:
+    """The precision that `options` asks for where `device` has it, else the nearest one.
+
+    Args:
+        own: the dtype of the model's weights.
+    """
+    choice = dispatch.choose("skinny_linear", device, options.backend, own)
+    kernel = "torch" if choice.backend == "reference" else choice.backend
+    wanted, why = str(options.precision), "asked for"
+    if wanted == "auto":
+        wanted, why = _auto(device)
+    if wanted != "exact" and (reason := _why_not(wanted, device, own, choice)) is not None:
+        wanted, why = "exact", reason
+    return Precise(wanted, DTYPES.get(wanted, own), kernel, why)
+
+
+def _auto(device: torch.device) -> tuple[str, str]:
+    if device.type != "cuda":
+        return "exact", "the default on a CPU"
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bf16", "the default on a GPU"
+    return "fp16", "the default on a GPU without bfloat16"
+
+
+def _why_not(
+    wanted: str, device: torch.device, own: torch.dtype, kernel: dispatch.Choice
+) -> str | None:
+    if own != torch.float32:
+        return f"{wanted} needs float32 weights to start from, these are {own}"
+    if device.type == "cpu" and wanted == "fp16":
+        return "a CPU gains nothing from fp16"
+    if kernel.backend == "reference" and (device.type == "cpu" or wanted == "int8"):
+        return f"{wanted} needs the kernel skinny_linear: {kernel.reason}"
+    return None

@@ -1,0 +1,114 @@
+"""T3's transformer layers: many positions at once for prefill, one for a decode step.
+
+Pure functions of tensors: they run eagerly, compiled without a graph break, and in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from .weights import LayerWeights, T3Weights
+
+
+def decode_layer(
+    layer: LayerWeights,
+    x: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> Tensor:
+    """One layer over one new position.
+
+    Args:
+        x: ``(B, 1, dim)``.
+        k_cache, v_cache: ``(B, H, C, D)``, written in place at `position`; the first C slots of
+            the layer's cache, which must hold it.
+        position: ``(1,)`` int64.
+        cos, sin: the rotary table.
+    """
+    q, k, v = _qkv(layer, x)
+    out = reference.decode_attention(q, k, v, k_cache, v_cache, position, cos, sin)
+    return _after_attention(layer, x, out)
+
+
+def prefill_layer(
+    layer: LayerWeights,
+    x: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: int,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """One layer over S new positions that follow `start` cached ones.
+
+    Args:
+        x: ``(B, S, dim)``.
+        k_cache, v_cache: ``(B, H, C, D)``, written in place at ``start .. start + S - 1``.
+        cos, sin: ``(S, D)``, the rotary table's rows for the new positions.
+        mask: ``(S, start + S)`` bool, what a position attends to.
+    """
+    q, k, v = _qkv(layer, x)
+    end = start + x.shape[1]
+    k_cache[:, :, start:end] = reference.apply_rope(k, cos, sin).to(k_cache.dtype)
+    v_cache[:, :, start:end] = v.to(v_cache.dtype)
+    q = reference.apply_rope(q, cos, sin).to(k_cache.dtype)
+    out = F.scaled_dot_product_attention(
+        q, k_cache[:, :, :end], v_cache[:, :, :end], attn_mask=mask
+    )
+    return _after_attention(layer, x, out.to(x.dtype))
+
+
+def _qkv(layer: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v ``(B, H, S, D)`` of x ``(B, S, dim)``, not rotated."""
+    rows, length, _ = x.shape
+    fused = layer.qkv(_norm(x, layer.input_norm, layer.eps))
+    q, k, v = fused.view(rows, length, 3, layer.heads, -1).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def _after_attention(layer: LayerWeights, x: Tensor, out: Tensor) -> Tensor:
+    """The rest of the layer, from attention's output ``(B, H, S, D)``."""
+    rows, _, length, _ = out.shape
+    x = x + layer.o(out.transpose(1, 2).reshape(rows, length, -1))
+    hidden = _norm(x, layer.post_norm, layer.eps)
+    gate, up = layer.gate_up(hidden).chunk(2, dim=-1)
+    return x + layer.down(F.silu(gate) * up)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Llama's RMSNorm: one kernel on a GPU, where transformers launches six."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def last_logits(weights: T3Weights, hidden: Tensor) -> Tensor:
+    """Logits ``(B, V)`` of the last position of ``(B, S, dim)``."""
+    last = _norm(hidden[:, -1], weights.norm, weights.eps)
+    return weights.head(last)
+
+
+class Layers(NamedTuple):
+    """The two layer functions that an engine calls: eager, or compiled."""
+
+    decode: Callable[..., Tensor]
+    prefill: Callable[..., Tensor]
+
+
+EAGER = Layers(decode_layer, prefill_layer)
+
+
+def compiled() -> Layers:
+    """Both layer functions under torch.compile, without a graph break: one graph for all layers."""
+    return Layers(
+        torch.compile(decode_layer, fullgraph=True, dynamic=True),
+        torch.compile(prefill_layer, fullgraph=True, dynamic=True),
+    )

@@ -1,0 +1,95 @@
+"""Buffers that requests borrow: bounded in number, kept for the next request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock, Semaphore
+
+import torch
+
+from .state import DecodeState, capacity_for
+
+AT_ONCE = 8
+"""Requests of one model that decode at the same time; the next one waits."""
+KEPT = 2
+"""Idle buffers of one model that are kept for the next request."""
+
+Step = Callable[[int, "torch.Generator | None"], None]
+"""(slots attention looks at, generator) -> runs one decode step on its own state."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """Buffers, and the step that runs on them: eager, or a captured graph."""
+
+    state: DecodeState
+    step: Step
+
+
+class Lease:
+    """What a request holds: a slot, which is exchanged for a larger one when it gets too small."""
+
+    def __init__(self, pool: SlotPool, slot: Slot) -> None:
+        self._pool = pool
+        self.slot = slot
+
+    def grow(self, positions: int) -> None:
+        """Makes room for one more cache slot than the `positions` in use, keeping the request."""
+        if positions < self.slot.state.capacity:
+            return
+        larger = self._pool.take(self.slot.state.rows, positions + 1)
+        larger.state.continue_from(self.slot.state, positions)
+        self._pool.give_back(self.slot)
+        self.slot = larger
+
+
+class SlotPool:
+    """Slots of one engine.
+
+    Bounded twice: `AT_ONCE` requests at a time, however often they grow, and `KEPT` idle slots.
+    """
+
+    def __init__(self, make: Callable[[int, int], Slot]) -> None:
+        """`make`: (rows, capacity) -> a new slot."""
+        self._make = make
+        self._permits = Semaphore(AT_ONCE)
+        self._lock = Lock()
+        self._idle: list[Slot] = []
+
+    @contextmanager
+    def lease(self, rows: int, positions: int) -> Iterator[Lease]:
+        """A slot for a request of `rows` that needs `positions` cache slots at first.
+
+        After a failure its buffers may hold NaN, which a masked position would still spread: they
+        are let go.
+        """
+        with self._permits:
+            lease = Lease(self, self.take(rows, positions))
+            yield lease
+            self.give_back(lease.slot)
+
+    def take(self, rows: int, positions: int) -> Slot:
+        """An idle slot of the smallest capacity that is enough, else a new one."""
+        capacity = capacity_for(positions)
+        with self._lock:
+            for slot in self._idle:
+                if (slot.state.rows, slot.state.capacity) == (rows, capacity):
+                    self._idle.remove(slot)
+                    return slot
+        return self._make(rows, capacity)
+
+    def give_back(self, slot: Slot) -> None:
+        """Keeps `slot` for the next request; the one idle for longest goes."""
+        with self._lock:
+            self._idle.append(slot)
+            del self._idle[:-KEPT]
+
+    def clear(self) -> None:
+        """Lets all idle slots go."""
+        with self._lock:
+            self._idle.clear()
+
+    def __len__(self) -> int:
+        return len(self._idle)

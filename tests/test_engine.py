@@ -1,0 +1,410 @@
+"""What an engine keeps between requests: weights, buffers, voices; and how requests share it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from conftest import engine_of, tokens_of
+from torch import Tensor
+
+from chatterbox_fast import patched, report
+from chatterbox_fast.options import Options
+from chatterbox_fast.t3 import prefill, runner
+from chatterbox_fast.t3.engine import Engine, Engines
+from chatterbox_fast.t3.pool import AT_ONCE, KEPT, Slot, SlotPool
+from chatterbox_fast.t3.prefill import MOST_VOICES
+from chatterbox_fast.t3.state import DecodeState
+from chatterbox_fast.testing import random_t3
+
+TEXT = torch.tensor([[255, 40, 41, 42, 0]])
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    return random_t3("english", "tiny")
+
+
+# ---- The pool of buffers
+
+
+def slots(made: list[tuple[int, int]]) -> SlotPool:
+    """A pool whose slots have small buffers, and a list of what it made."""
+    t3 = random_t3("english", "tiny")
+    weights = engine_of(t3).weights.decode
+
+    def make(rows: int, capacity: int) -> Slot:
+        made.append((rows, capacity))
+        rotary = (torch.zeros(capacity, 64), torch.zeros(capacity, 64))
+        state = DecodeState.allocate(weights, rotary, rows=rows, stop_token=0)
+        return Slot(state, lambda *_: None)
+
+    return SlotPool(make)
+
+
+def test_idle_buffers_are_used_again_and_few_are_kept() -> None:
+    made: list[tuple[int, int]] = []
+    kept = slots(made)
+    with kept.lease(2, 40) as first, kept.lease(2, 40) as second, kept.lease(1, 300) as third:
+        assert made == [(2, 256), (2, 256), (1, 512)]
+        assert len({id(lease.slot) for lease in (first, second, third)}) == 3
+    assert len(kept) == KEPT == 2
+    with kept.lease(2, 256):
+        assert len(made) == 3, "one of the two (2, 256) was kept"
+    with kept.lease(1, 256):
+        assert made[3:] == [(1, 256)]
+    kept.clear()
+    assert len(kept) == 0
+
+
+def test_growing_keeps_the_request_and_gives_the_small_buffer_back() -> None:
+    made: list[tuple[int, int]] = []
+    kept = slots(made)
+    with kept.lease(2, 40) as lease:
+        small = lease.slot.state
+        for tensor in (small.k_cache, small.v_cache, small.embedding):
+            tensor.normal_()
+        small.tokens[0, :3] = torch.tensor([5, 6, 7])
+        small.position.fill_(256)
+        lease.grow(255)
+        assert lease.slot.state is small
+        lease.grow(256)
+        large = lease.slot.state
+        assert large.capacity == 512
+        for name in ("embedding", "position", "count", "tokens", "seen", "params", "flags"):
+            assert torch.equal(getattr(large, name), getattr(small, name)), name
+        assert torch.equal(large.k_cache[:, :, :, :256], small.k_cache)
+        assert torch.equal(large.v_cache[:, :, :, :256], small.v_cache)
+    assert made == [(2, 256), (2, 512)]
+    assert len(kept) == 2
+
+
+def test_a_failed_request_takes_its_buffers_with_it() -> None:
+    kept = slots([])
+    with pytest.raises(ZeroDivisionError), kept.lease(2, 40):
+        _ = 1 / 0
+    assert len(kept) == 0
+    for _ in range(AT_ONCE + 1):  # nor does it keep its place
+        with pytest.raises(ZeroDivisionError), kept.lease(2, 40):
+            _ = 1 / 0
+
+
+def test_requests_beyond_the_bound_wait() -> None:
+    kept = slots([])
+    inside, most = 0, 0
+    lock, enough = threading.Lock(), threading.Event()
+
+    def request() -> None:
+        nonlocal inside, most
+        with kept.lease(1, 40) as lease:
+            with lock:
+                inside += 1
+                most = max(most, inside)
+                if inside == AT_ONCE:
+                    enough.set()
+            enough.wait(10)
+            lease.grow(256)
+            with lock:
+                inside -= 1
+
+    with ThreadPoolExecutor(AT_ONCE + 4) as threads:
+        started = [threads.submit(request) for _ in range(AT_ONCE + 4)]
+    for future in started:
+        future.result(30)  # growing needs no second permit
+    assert (inside, most) == (0, AT_ONCE)
+    assert len(kept) <= KEPT
+
+
+# ---- Voices
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Calls of voice_prefix from now on."""
+    calls: list[int] = []
+    stock = prefill.voice_prefix
+
+    def watched(*arguments: Any) -> Any:
+        calls.append(1)
+        return stock(*arguments)
+
+    monkeypatch.setattr("chatterbox_fast.t3.engine.voice_prefix", watched)
+    return calls
+
+
+def test_a_voice_is_computed_once(t3_cond: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    t3 = random_t3("english", "tiny")
+    calls = counted(monkeypatch)
+    settings = {"text_tokens": TEXT, "max_new_tokens": 6, "seed": 3}
+    first = tokens_of(t3, t3_cond=t3_cond, **settings)
+    assert torch.equal(tokens_of(t3, t3_cond=copy.deepcopy(t3_cond), **settings), first)
+    assert torch.equal(tokens_of(t3, t3_cond=t3_cond, **{**settings, "cfg_weight": 0.5}), first)
+    assert len(calls) == 1, "found by its values, for both rows of CFG"
+    engine, kept = engine_of(t3), voice_of(t3, t3_cond)
+    for name in ("speaker_emb", "emotion_adv"):
+        other = copy.copy(t3_cond)
+        vars(other)[name] = getattr(other, name) + 0.3
+        assert not torch.equal(voice_of(t3, other), kept), name
+    other = copy.copy(t3_cond)
+    other.cond_prompt_speech_tokens = other.cond_prompt_speech_tokens.flip(-1)
+    assert not torch.equal(voice_of(t3, other), kept)
+    assert len(calls) == 4
+    assert engine_of(t3) is engine
+
+
+def voice_of(t3: Any, cond: Any) -> Tensor:
+    """The keys that a voice leaves in the cache."""
+    with torch.inference_mode():
+        return engine_of(t3).voice(t3, cond).k
+
+
+def test_a_voice_changed_in_place_is_another_voice(tiny: Any, t3_cond: Any) -> None:
+    cond = copy.deepcopy(t3_cond)
+    first = voice_of(tiny, cond)
+    cond.emotion_adv += 0.3
+    assert not torch.equal(voice_of(tiny, cond), first)
+
+
+def test_few_voices_are_kept(tiny: Any, t3_cond: Any) -> None:
+    engine = Engine(tiny, Options())
+    with torch.inference_mode():
+        for number in range(MOST_VOICES + 3):
+            cond = copy.copy(t3_cond)
+            cond.emotion_adv = torch.full((1, 1, 1), number / 10)
+            engine.voice(tiny, cond)
+    assert len(engine._voices) == MOST_VOICES
+    engine.clear()
+    assert len(engine._voices) == 0
+
+
+# ---- Weights that change
+
+
+def test_weights_that_change_are_seen(t3_cond: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch)
+    settings = {"t3_cond": t3_cond, "text_tokens": TEXT, "max_new_tokens": 8, "seed": 4}
+    other = random_t3("english", "tiny", seed=1)
+    for precision in ("exact", "bf16", "int8"):
+        t3 = random_t3("english", "tiny")
+        options = {"precision": precision}
+        first = tokens_of(t3, options=options, **settings)
+        engine = engine_of(t3, **options)
+        assert engine_of(t3, **options) is engine
+        t3.load_state_dict(other.state_dict())
+        assert engine_of(t3, **options) is not engine
+        expected = tokens_of(other, options=options, **settings)
+        assert torch.equal(tokens_of(t3, options=options, **settings), expected)
+        assert not torch.equal(expected, first)
+    assert len(calls) == 3 * 3, "the voice is computed with the new weights"
+
+
+def test_an_engine_does_not_keep_its_t3_alive(t3_cond: Any) -> None:
+    t3 = random_t3("english", "tiny")
+    engines = Engines(Options())
+    with torch.inference_mode():
+        engines.of(t3).voice(t3, t3_cond)
+    gone = weakref.ref(t3)
+    del t3
+    gc.collect()
+    assert gone() is None
+
+
+def test_out_of_memory_frees_the_caches_and_says_so(
+    tiny: Any, t3_cond: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"t3_cond": t3_cond, "text_tokens": TEXT, "max_new_tokens": 6, "seed": 3}
+    expected = tokens_of(tiny, **settings)
+    engine = engine_of(tiny)
+    assert len(engine.slots) > 0
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "prefill", full)
+        with pytest.raises(torch.OutOfMemoryError, match=r"T3 ran out of memory on cpu.*2.00 GiB"):
+            tokens_of(tiny, **settings)
+    assert len(engine.slots) == 0
+    assert len(engine._voices) == 0
+    assert torch.equal(tokens_of(tiny, **settings), expected)
+
+
+# ---- Polling late
+
+
+class Stream:
+    """Stands for rng.PhiloxStream, which needs a CUDA generator."""
+
+    def __init__(self) -> None:
+        self.used = -1
+
+    def close(self, used: int) -> None:
+        self.used = used
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Stream]]:
+    """Makes a CPU poll as a GPU does, `steps` late, drawing from counters as a GPU does."""
+    delay, stream = [0], Stream()
+
+    class Late(runner.FlagPoll):
+        def __init__(self, late: bool) -> None:
+            assert late
+            self._seen: list[int] = []
+
+        def finished(self, flags: Tensor, drawn: int) -> bool:
+            self._seen.append(int(flags))
+            due = len(self._seen) > delay[0]
+            return due and runner._stopped(self._seen[-1 - delay[0]], f"token {drawn}")
+
+    def open_stream(state: DecodeState, *_: Any) -> Stream:
+        assert state.philox is not None
+        state.philox.copy_(torch.tensor([[7, 40]]))
+        return stream
+
+    monkeypatch.setattr(runner, "FlagPoll", Late)
+    monkeypatch.setattr(runner, "_philox_stream", open_stream)
+    monkeypatch.setattr(Engine, "draws_on_device", property(lambda _: True))
+
+    def start(steps: int) -> Stream:
+        delay[0] = steps
+        return stream
+
+    return start
+
+
+@pytest.mark.parametrize("limit", [17, 18, 19, 40])
+def test_polling_late_changes_nothing(
+    t3_cond: Any, late: Callable[[int], Stream], limit: int
+) -> None:
+    t3 = random_t3("english", "tiny", stop_after=17)
+    settings = {"t3_cond": t3_cond, "text_tokens": TEXT, "max_new_tokens": limit}
+    stream = late(0)
+    expected = tokens_of(t3, **settings)
+    assert expected.shape == (1, min(limit, 18))
+    assert stream.used == min(limit, 18)
+    for steps in (1, 4, 9):
+        late(steps)
+        stream.used = -1
+        assert torch.equal(tokens_of(t3, **settings), expected)
+        assert stream.used == min(limit, 18)
+
+
+def test_a_failure_after_the_stop_token_does_not_matter(
+    t3_cond: Any, late: Callable[[int], Stream]
+) -> None:
+    t3 = random_t3("english", "tiny", stop_after=9)
+    settings = {"t3_cond": t3_cond, "text_tokens": TEXT, "max_new_tokens": 30}
+    late(6)
+    expected = tokens_of(t3, **settings)
+    with torch.no_grad():
+        t3.speech_pos_emb.emb.weight[10:] = float("nan")
+    assert torch.equal(tokens_of(t3, **settings), expected)
+    with torch.no_grad():
+        t3.speech_pos_emb.emb.weight[5:] = float("nan")
+    with pytest.raises(RuntimeError, match="have a NaN or no finite value"):
+        tokens_of(t3, **settings)
+    with pytest.raises(RuntimeError, match="logits for token 7 or one before"):
+        tokens_of(t3, **{**settings, "max_new_tokens": 7})
+
+
+# ---- Requests at once
+
+
+@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+def test_requests_at_once_equal_requests_in_turn(
+    tiny: Any, t3_cond: Any, count: int, precision: str
+) -> None:
+    """Each with its own text, seed, voice, parameters and batch; some outgrow their cache."""
+    engine = engine_of(tiny, precision=precision)
+
+    def request(number: int) -> Tensor:
+        cond = copy.copy(t3_cond)
+        cond.emotion_adv = torch.full((1, 1, 1), 0.2 + number / 10)
+        return runner.inference(
+            tiny,
+            engine,
+            t3_cond=cond,
+            text_tokens=torch.tensor([[255, *range(3, 10 + 28 * number), 0]]),
+            max_new_tokens=20 + number,
+            temperature=0.5 + number / 10,
+            cfg_weight=0.5 * (number % 2),
+            generator=torch.Generator().manual_seed(number),
+        )
+
+    in_turn = [request(number) for number in range(count)]
+    with ThreadPoolExecutor(count) as threads:
+        at_once = list(threads.map(request, range(count)))
+    assert len({tuple(tokens[0].tolist()[:9]) for tokens in in_turn}) == count
+    for number, (got, expected) in enumerate(zip(at_once, in_turn, strict=True)):
+        assert torch.equal(got, expected), number
+    assert len(engine.slots) <= KEPT
+
+
+# ---- On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.kernel
+@pytest.mark.parametrize("precision", ["exact", "bf16", "fp16", "int8"])
+def test_the_captured_step_equals_the_eager_one(
+    t3_cond: Any, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Also across a growth of the cache and two requests on the same graph."""
+    t3, cond = random_t3("english", "tiny").cuda(), copy.deepcopy(t3_cond).to(device="cuda")
+    results = {}
+    for graphs in ("1", "0"):
+        monkeypatch.setenv("CHATTERBOX_FAST_GRAPHS", graphs)
+        engine = Engine(t3, Options.of(precision=precision))
+        assert (engine.eager_because is None) == (graphs == "1")
+        results[graphs] = [
+            runner.inference(
+                t3, engine, t3_cond=cond, text_tokens=TEXT.cuda(), max_new_tokens=300,
+                temperature=temperature, generator=torch.Generator("cuda").manual_seed(5),
+            ).tolist()
+            for temperature in (0.8, 1.5)
+        ]  # fmt: skip
+    assert results["1"] == results["0"]
+    assert results["1"][0] != results["1"][1]
+
+
+@pytest.mark.gpu
+def test_decoding_on_a_gpu_does_not_wait(t3_cond: Any) -> None:
+    """No synchronisation between two polls: torch's sync debug mode raises where there is one."""
+    t3, cond = random_t3("english", "tiny").cuda(), copy.deepcopy(t3_cond).to(device="cuda")
+    engine = Engine(t3, Options())
+    runner.inference(t3, engine, t3_cond=cond, text_tokens=TEXT.cuda(), max_new_tokens=20)
+    slot = engine.slots.take(2, 100)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(50):
+            slot.step(100 + number, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.gpu
+def test_originals_wait_on_the_host_and_come_back(english: Any) -> None:
+    model = copy.deepcopy(english)
+    model.t3.cuda()
+    before = {name: value.clone() for name, value in model.t3.state_dict().items()}
+    devices = {name: value.device for name, value in before.items()}
+    with patched(model, precision="bf16"):
+        weights = next(row for row in report(model) if row.site == "  weights")
+        assert "the originals wait on the host" in weights.why
+        assert model.t3.tfmr.layers[0].self_attn.q_proj.weight.is_cpu
+        x = torch.zeros(1, 3, model.t3.dim, device="cuda")
+        model.t3.tfmr(inputs_embeds=x)  # who calls the module itself finds its weights at home
+        assert model.t3.tfmr.layers[0].self_attn.q_proj.weight.is_cuda
+    for name, value in model.t3.state_dict().items():
+        assert value.device == devices[name], name
+        assert torch.equal(value, before[name]), name
