@@ -165,7 +165,7 @@ def extension(torch: ModuleType, info: dict[str, str | None]) -> object:
     # Contracted to fused multiply-adds, scores would round differently from stock's.
     cxx = ["-O3", "-Wall", "-ffp-contract=off"]
     if sys.platform == "linux":
-        # at::parallel_for is serial without it. Not linked: the threads are those of torch's OpenMP.
+        # at::parallel_for is serial without it. Not linked: the threads are torch's own.
         cxx.append("-fopenmp")
     try:
         toolkit, lib = prepare_cuda(torch)

@@ -139,7 +139,7 @@ class Result:
         same_length = len(stock.tokens) == len(fast.tokens)
         return cls(
             when=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            commit=_commit(),
+            commit=commit_id(),
             machine=describe_machine(model.device),
             weights=weights,
             text=text,
@@ -186,7 +186,7 @@ def _ratio(slow: float, fast: float) -> str:
     return f"{slow / fast:.2f}x" if fast > 0 else "-"
 
 
-def _commit() -> str:
+def commit_id() -> str:
     """The checkout's commit, "+" where it has changes; "unknown" outside a checkout."""
     folder = Path(__file__).parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]

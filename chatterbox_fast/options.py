@@ -14,11 +14,15 @@ class Options:
     """Switches of `chatterbox_fast.patch`; all have a safe default.
 
     Attributes:
-        precision: ``"exact"`` computes in the model's own dtype and gives stock's tokens for the
-            same seed. The others have no engine yet and run as exact; report() says so.
+        precision: what T3 computes in (S3Gen has no engine yet). ``"exact"`` is the model's own
+            dtype and gives stock's tokens for the same seed. ``"bf16"``, ``"fp16"`` and ``"int8"``
+            store the matrices in that and keep everything between them in float32: faster, less
+            memory, other tokens. ``"auto"`` is exact on a CPU, bf16 on a GPU that has it, else
+            fp16. Where a device gains nothing from one, exact runs, and report() says why.
         backend: which implementation of each op to prefer; ``"auto"`` takes the fastest one that
             is there. `CHATTERBOX_FAST_BACKEND` overrides it.
-        compile: has no engine yet; report() says so.
+        compile: True runs T3's layers under torch.compile: the first request takes up to a minute
+            longer.
         watermark: False leaves out Perth's watermark (stock always applies it).
         progress: True shows stock's progress bar; it costs a terminal write per token.
         strict: True raises where a site would otherwise be left to stock with a reason.

@@ -152,7 +152,7 @@ def describe_memory(t3: Any, engine: Engine) -> Row:
     """T3's weights in memory, stock's and now."""
     stock = sum(p.nbytes for p in t3.parameters())
     now = sum(p.nbytes for p in t3.parameters() if p.device == t3.device)
-    if engine.precise.precision != "exact":
+    if engine.weights.decode.head.weight.data_ptr() != t3.speech_head.weight.data_ptr():
         now += weights.bytes_of(engine.weights.decode)
     host = "; the originals wait on the host" if engine.replaces_originals else ""
     size = f"{stock / 1e9:.2f} GB -> {now / 1e9:.2f} GB"

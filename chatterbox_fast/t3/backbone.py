@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from .weights import LayerWeights, T3Weights
+from .weights import LayerWeights, T3Weights, project
 
 
 def decode_layer(
@@ -71,7 +71,7 @@ def prefill_layer(
 def _qkv(layer: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v ``(B, H, S, D)`` of x ``(B, S, dim)``, not rotated."""
     rows, length, _ = x.shape
-    fused = layer.qkv(_norm(x, layer.input_norm, layer.eps))
+    fused = project(layer.qkv, _norm(x, layer.input_norm, layer.eps))
     q, k, v = fused.view(rows, length, 3, layer.heads, -1).permute(2, 0, 3, 1, 4)
     return q, k, v
 
@@ -81,7 +81,7 @@ def _after_attention(layer: LayerWeights, x: Tensor, out: Tensor) -> Tensor:
     rows, _, length, _ = out.shape
     x = x + layer.o(out.transpose(1, 2).reshape(rows, length, -1))
     hidden = _norm(x, layer.post_norm, layer.eps)
-    gate, up = layer.gate_up(hidden).chunk(2, dim=-1)
+    gate, up = project(layer.gate_up, hidden).chunk(2, dim=-1)
     return x + layer.down(F.silu(gate) * up)
 
 

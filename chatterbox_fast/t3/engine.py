@@ -51,8 +51,8 @@ class Engine:
 
     @property
     def replaces_originals(self) -> bool:
-        """Whether the packed copy takes the place of the model's own matrices on a GPU."""
-        return self.device.type == "cuda" and self.precise.precision != "exact"
+        """Whether the packed copy takes the place of the model's own matrices."""
+        return self.device.type == "cuda"
 
     @property
     def draws_on_device(self) -> bool:
@@ -137,7 +137,6 @@ class Engines:
         with self._lock:
             self._of.pop(t3, None)
             packing.bring_home(t3.tfmr)
-            packing.separate(t3.tfmr)
 
 
 @contextmanager

@@ -1,16 +1,16 @@
-"""T3's parameters as a decode step reads them: fused, and in the precision that was chosen.
+"""T3's parameters as a decode step reads them, in the precision that was chosen.
 
-- ``exact``: the model's own values. q, k and v (gate and up) become views of one fused matrix, so
-  that nothing is stored twice and whatever is written into a parameter is seen by the engine.
-- ``bf16``, ``fp16``, ``int8`` (with a scale a row): a rounded copy of the layers' matrices and the
-  head. Norms, embeddings, sums and all that lies between the matrices stay in float32, which is
-  why the error is smaller than that of a model converted as a whole. On a GPU the copy takes the
-  place of the layers' own matrices, which wait on the host, bit for bit, until `bring_home`.
+- On a CPU in ``exact`` precision they are the model's own tensors: its kernel reads them as they
+  lie, at the speed of memory.
+- Else they are a copy, with q, k and v (gate and up) fused: ``bf16``, ``fp16``, or ``int8`` with a
+  scale a row. Norms, embeddings, sums and all that lies between the matrices stay in float32,
+  which is why the error is smaller than that of a model converted as a whole.
+- On a GPU the copy takes the place of the layers' own matrices. Those wait on the host, bit for
+  bit, until `bring_home`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,14 +44,25 @@ class Projection(NamedTuple):
         return F.linear(x.to(half), weight).to(x.dtype)
 
 
+Projections = tuple[Projection, ...]
+"""Layers that read the same input: fused into one, or one by one."""
+
+
+def project(projections: Projections, x: Tensor) -> Tensor:
+    """The outputs of all `projections`, side by side in the last dimension."""
+    if len(projections) == 1:
+        return projections[0](x)
+    return torch.cat([projection(x) for projection in projections], dim=-1)
+
+
 class LayerWeights(NamedTuple):
     """One Llama layer; norms are ``(dim,)``."""
 
     input_norm: Tensor
-    qkv: Projection
+    qkv: Projections
     o: Projection
     post_norm: Tensor
-    gate_up: Projection
+    gate_up: Projections
     down: Projection
     heads: int
     eps: float
@@ -86,45 +97,44 @@ class Packed(NamedTuple):
 def pack(t3: Any, precise: Precise) -> Packed:
     """Packs the weights of a T3 that `why_unsupported` has nothing against.
 
-    On a CPU prefill always reads the model's own matrices: there they stay where they are, and many
-    rows at once are bound by arithmetic, which float32 does best.
+    On a CPU prefill reads the model's own matrices in any precision: they stay where they are, and
+    many rows at once are bound by arithmetic, which float32 does best.
     """
     with torch.inference_mode(False), torch.no_grad():
-        if precise.precision == "exact":
-            own = _gather(t3, _Share(t3, precise))
-            return Packed(own, own)
-        narrow = _gather(t3, _Narrow(t3, precise))
         if t3.device.type == "cuda":
-            return Packed(narrow, narrow)
-        return Packed(_gather(t3, _Share(t3, precise)), narrow)
+            copied = _gather(t3, _Copied(t3, precise))
+            return Packed(copied, copied)
+        own = _gather(t3, _Own(t3, precise))
+        if precise.precision == "exact":
+            return Packed(own, own)
+        return Packed(own, _gather(t3, _Copied(t3, precise)))
 
 
-class _Share:
-    """Makes a projection of the parameters themselves, fused where there are several."""
+class _Own:
+    """Makes projections of the parameters themselves."""
 
     def __init__(self, t3: Any, precise: Precise) -> None:
         self.kernel = precise.kernel
         self.cache_dtype = t3.speech_head.weight.dtype
 
-    def __call__(self, *parameters: nn.Parameter) -> Projection:
-        return Projection(fuse(parameters), None, self.kernel)
+    def __call__(self, *parameters: nn.Parameter) -> Projections:
+        return tuple(Projection(p.detach(), None, self.kernel) for p in parameters)
 
 
-class _Narrow:
-    """Makes a projection of a copy in fewer bits, on the model's device."""
+class _Copied:
+    """Makes one projection of a copy of the parameters, on the model's device."""
 
     def __init__(self, t3: Any, precise: Precise) -> None:
         self.kernel, self.dtype, self.device = precise.kernel, precise.dtype, t3.device
-        # A CPU's attention is fastest in float32; a GPU reads half the bytes.
-        on_gpu = self.device.type == "cuda"
-        floating = self.dtype if self.dtype.is_floating_point else torch.bfloat16
-        self.cache_dtype = floating if on_gpu else torch.float32
+        self.cache_dtype = torch.float32  # a CPU's attention is fastest in it
+        if self.device.type == "cuda":  # a GPU reads as few bytes as it can
+            self.cache_dtype = self.dtype if self.dtype.is_floating_point else torch.bfloat16
 
-    def __call__(self, *parameters: nn.Parameter) -> Projection:
+    def __call__(self, *parameters: nn.Parameter) -> Projections:
         parts = [_narrow(parameter.detach(), self.dtype) for parameter in parameters]
         weight = torch.cat([weight.to(self.device) for weight, _ in parts])
         scales = [scale.to(self.device) for _, scale in parts if scale is not None]
-        return Projection(weight, torch.cat(scales) if scales else None, self.kernel)
+        return (Projection(weight, torch.cat(scales) if scales else None, self.kernel),)
 
 
 def _narrow(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -136,72 +146,34 @@ def _narrow(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
-def _gather(t3: Any, projection: _Share | _Narrow) -> T3Weights:
+def _gather(t3: Any, make: _Own | _Copied) -> T3Weights:
     tfmr, heads = t3.tfmr, t3.cfg.num_attention_heads
     return T3Weights(
-        layers=tuple(_layer(layer, heads, projection) for layer in tfmr.layers),
+        layers=tuple(_layer(layer, heads, make) for layer in tfmr.layers),
         norm=tfmr.norm.weight.detach(),
         eps=tfmr.norm.variance_epsilon,
-        head=projection(t3.speech_head.weight),
+        head=make(t3.speech_head.weight)[0],
         speech_emb=t3.speech_emb.weight.detach(),
         speech_pos=t3.speech_pos_emb.emb.weight.detach(),
         heads=heads,
         head_dim=head_dim(t3.cfg),
-        cache_dtype=projection.cache_dtype,
+        cache_dtype=make.cache_dtype,
     )
 
 
-def _layer(layer: Any, heads: int, projection: _Share | _Narrow) -> LayerWeights:
+def _layer(layer: Any, heads: int, make: _Own | _Copied) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     norm = layer.input_layernorm
     return LayerWeights(
         input_norm=norm.weight.detach(),
-        qkv=projection(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
-        o=projection(attention.o_proj.weight),
+        qkv=make(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
+        o=make(attention.o_proj.weight)[0],
         post_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=projection(mlp.gate_proj.weight, mlp.up_proj.weight),
-        down=projection(mlp.down_proj.weight),
+        gate_up=make(mlp.gate_proj.weight, mlp.up_proj.weight),
+        down=make(mlp.down_proj.weight)[0],
         heads=heads,
         eps=norm.variance_epsilon,
     )
-
-
-def fuse(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The matrices ``(N_i, K)`` on top of each other; the parameters become views of the result.
-
-    Parameters that already are such views are left alone.
-    """
-    first = parameters[0]
-    if len(parameters) == 1:
-        return first.detach()
-    rows, inputs = sum(len(p) for p in parameters), first.shape[1]
-    if not _are_fused(parameters):
-        fused = torch.cat([p.detach() for p in parameters])
-        start = 0
-        for parameter in parameters:
-            parameter.data = fused[start : start + len(parameter)]
-            start += len(parameter)
-    return first.detach().as_strided((rows, inputs), (inputs, 1))
-
-
-def _are_fused(parameters: Sequence[nn.Parameter]) -> bool:
-    expected = parameters[0].data_ptr()
-    storage = parameters[0].untyped_storage().data_ptr()
-    for parameter in parameters:
-        if not parameter.is_contiguous() or parameter.data_ptr() != expected:
-            return False
-        if parameter.untyped_storage().data_ptr() != storage:
-            return False
-        expected += parameter.nbytes
-    return True
-
-
-def separate(tfmr: Any) -> None:
-    """Undoes `fuse`: every matrix of the layers has its own memory again, with the same values."""
-    with torch.inference_mode(False), torch.no_grad():
-        for parameter in projection_weights(tfmr):
-            if parameter.untyped_storage().nbytes() != parameter.nbytes:
-                parameter.data = parameter.detach().clone()
 
 
 def send_to_host(tfmr: Any) -> None:
@@ -236,5 +208,5 @@ def bytes_of(weights: T3Weights) -> int:
     """Memory of the layers' matrices and the head."""
     projections = [weights.head]
     for layer in weights.layers:
-        projections += [layer.qkv, layer.o, layer.gate_up, layer.down]
+        projections += [*layer.qkv, layer.o, *layer.gate_up, layer.down]
     return sum(p.weight.nbytes + (0 if p.scale is None else p.scale.nbytes) for p in projections)

@@ -1,0 +1,287 @@
+"""T3's decode step: stock, stock in bf16, stock with a static cache and torch.compile, and ours.
+
+    python bench/t3_decode.py [--size full] [--positions 100 500 1000] [--device cpu] [--json FILE]
+
+Every variant decodes from the same number of cached positions with random weights. Stock is called
+as T3.inference calls it: transformers' Llama with its own cache, stock's processors, its draw. The
+cache is filled with random keys and values instead of by a prefill of that length: a step does the
+same work, and the benchmark takes minutes instead of hours on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, StaticCache
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopPLogitsWarper,
+)
+
+from chatterbox_fast.demo import commit_id, describe_machine
+from chatterbox_fast.fidelity import (
+    divergence,
+    draw_probabilities,
+    engine_logits,
+    entropy,
+    stock_logits,
+)
+from chatterbox_fast.ops import SamplingParams
+from chatterbox_fast.options import Options
+from chatterbox_fast.t3.engine import Engine
+from chatterbox_fast.t3.weights import bytes_of
+from chatterbox_fast.testing import VOICE_PROMPT, random_model, random_t3
+
+START, TEXT = 6561, torch.tensor([[255, *range(3, 60), 0]])
+Step = Callable[[], Any]
+
+
+@dataclass
+class Result:
+    """One variant at one length."""
+
+    variant: str
+    positions: int
+    median_us: float
+    p20_us: float
+    p80_us: float
+    dispatched: int
+    bytes: int
+    share_of_read_bandwidth: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1e6 / self.median_us
+
+
+class StockStep:
+    """The body of the loop in stock's T3.inference, over a cache of `positions` slots."""
+
+    def __init__(self, t3: Any, positions: int, room: int, static: bool = False) -> None:
+        self.t3, self.dtype = t3, t3.speech_head.weight.dtype
+        self.device = t3.speech_head.weight.device
+        config = t3.cfg
+        head_dim = config.hidden_size // config.num_attention_heads
+        shape = (2, config.num_attention_heads, positions, head_dim)
+        self.cache: Any = DynamicCache()
+        if static:
+            self.cache = StaticCache(config=config, max_cache_len=positions + room)
+        for layer in range(config.num_hidden_layers):
+            k, v = (torch.randn(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            where = {"cache_position": torch.arange(positions, device=self.device)}
+            self.cache.update(k, v, layer, where)
+        self.position, self.static = positions, static
+        self.forward = torch.compile(t3.tfmr.forward) if static else t3.tfmr
+        self.ids = torch.tensor([[START]], device=self.device)
+        self.penalty = RepetitionPenaltyLogitsProcessor(1.2)
+        self.warpers = [MinPLogitsWarper(0.05), TopPLogitsWarper(1.0)]
+        self.embedding = torch.randn(2, 1, t3.dim, dtype=self.dtype, device=self.device)
+
+    @property
+    def bytes(self) -> int:
+        """Weights and cache, read once; the cache that stock writes anew is not counted."""
+        weights = sum(p.nbytes for p in self.t3.tfmr.layers.parameters())
+        return weights + self.t3.speech_head.weight.nbytes + self._cache_bytes()
+
+    def _cache_bytes(self) -> int:
+        config = self.t3.cfg
+        per_position = 4 * config.num_hidden_layers * config.hidden_size * self.dtype.itemsize
+        return per_position * self.position
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        where = {"cache_position": torch.tensor([self.position], device=self.device)}
+        output = self.forward(
+            inputs_embeds=self.embedding, past_key_values=self.cache, use_cache=True,
+            **(where if self.static else {}),
+        )  # fmt: skip
+        logits = self.t3.speech_head(output.last_hidden_state[:, -1])
+        scores = logits[0:1] + 0.5 * (logits[0:1] - logits[1:2])
+        scores = self.penalty(self.ids, scores) / 0.8
+        for warper in self.warpers:
+            scores = warper(self.ids, scores)
+        token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
+        self.ids = torch.cat([self.ids, token], dim=1)
+        if int(token) == self.t3.hp.stop_speech_token:  # stock's look at the host, every step
+            pass
+        embedded = self.t3.speech_emb(token)
+        embedded = embedded + self.t3.speech_pos_emb.get_fixed_embedding(self.ids.shape[1] - 1)
+        self.embedding = torch.cat([embedded, embedded])
+        self.position += 1
+
+
+class OurStep:
+    """A slot of the engine whose first `positions` cache slots are random."""
+
+    def __init__(self, t3: Any, options: Options, positions: int, room: int) -> None:
+        self.engine = Engine(t3, options)
+        with torch.inference_mode():
+            self.slot = self.engine.slots.take(2, positions + room)
+            state = self.slot.state
+            state.reset(SamplingParams(), START)
+            for cache in (state.k_cache, state.v_cache):
+                cache[:, :, :, :positions].normal_()
+            state.embedding.normal_()
+            state.position.fill_(positions)
+        self.position = positions
+
+    @property
+    def bytes(self) -> int:
+        weights, state = self.engine.weights.decode, self.slot.state
+        return bytes_of(weights) + 2 * state.k_cache[:, :, :, : self.position].nbytes
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        self.slot.step(self.position + 1, None)
+        self.position += 1
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts ops that are no views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def variants(t3: Any) -> Iterator[tuple[str, Callable[[int, int], Any]]]:
+    """Name and maker (positions, room for steps) of every variant."""
+    yield "stock", lambda n, room: StockStep(t3, n, room)
+    half = copy.deepcopy(t3).bfloat16()
+    yield "stock, bf16", lambda n, room: StockStep(half, n, room)
+    yield "stock, static cache, compiled", lambda n, room: StockStep(t3, n, room, static=True)
+    for precision in ("exact", "bf16", "int8"):
+        for compile_ in (False, True):
+            options = Options(precision=precision, compile=compile_)
+            name = f"ours, {precision}{', compiled' if compile_ else ''}"
+            yield name, lambda n, room, options=options: OurStep(t3, options, n, room)
+
+
+def measure(step: Any, steps: int, device: torch.device) -> dict[str, Any]:
+    """Microseconds of a step, and what it dispatches."""
+    for _ in range(3):
+        step()
+    with Dispatched() as dispatched:
+        step()
+    samples = []
+    for _ in range(steps):
+        start = _now(device)
+        step()
+        samples.append(1e6 * (_now(device) - start))
+    cuts = statistics.quantiles(samples, n=5)
+    return {
+        "median_us": statistics.median(samples), "p20_us": cuts[0], "p80_us": cuts[3],
+        "dispatched": dispatched.count, "bytes": step.bytes,
+    }  # fmt: skip
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second of summing half a gigabyte."""
+    data = torch.ones(2**27, device=device)
+    best = 0.0
+    for _ in range(5):
+        start = _now(device)
+        data.sum()
+        best = max(best, data.nbytes / (_now(device) - start))
+    return best
+
+
+def fidelity(t3: Any, device: torch.device, count: int) -> dict[str, float]:
+    """Divergence of every precision from stock in float32, over `count` tokens stock drew."""
+    model = random_model("english", "tiny", device=str(device))
+    model.prepare_conditionals(VOICE_PROMPT)
+    cond, text = model.conds.t3, TEXT.to(device)
+    cond.cond_prompt_speech_emb = None
+    torch.manual_seed(1)
+    tokens = t3.inference(
+        t3_cond=copy.copy(cond), text_tokens=text.expand(2, -1), max_new_tokens=count
+    )[0]
+    exact = draw_probabilities(stock_logits(t3, cond, text, tokens))
+    half = copy.deepcopy(t3).bfloat16()
+    found = {"entropy": entropy(exact)}
+    found["stock, bf16"] = divergence(
+        exact, draw_probabilities(stock_logits(half, cond, text, tokens))
+    )
+    for precision in ("exact", "bf16", "int8"):
+        engine = Engine(t3, Options(precision=precision))
+        ours = draw_probabilities(engine_logits(t3, engine, cond, text, tokens))
+        found[f"ours, {precision}"] = divergence(exact, ours)
+    return found
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All variants at all lengths."""
+    device = torch.device(arguments.device)
+    t3 = random_t3("english", arguments.size).to(device)
+    bandwidth = read_bandwidth(device)
+    results, failures = [], {}
+    for name, make in variants(t3):
+        if arguments.only and not any(part in name for part in arguments.only):
+            continue
+        for positions in arguments.positions:
+            try:
+                step = make(positions, arguments.steps + 8)
+                found = measure(step, arguments.steps, device)
+            except Exception as error:  # what does not run is reported, and the rest goes on
+                failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"{name}: {failures[name]}", flush=True)
+                break
+            share = found["bytes"] / (found["median_us"] * 1e-6) / bandwidth
+            results.append(Result(name, positions, share_of_read_bandwidth=share, **found))
+            print(
+                f"{name} @ {positions}: {results[-1].tokens_per_second:.1f} tokens/s, "
+                f"{found['median_us']:.0f} us, {found['dispatched']} ops, {share:.0%}",
+                flush=True,
+            )
+            del step
+    return {
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit_id(),
+        "machine": describe_machine(device),
+        "weights": f"random, {arguments.size}",
+        "read_bandwidth": bandwidth,
+        "divergence": fidelity(t3, device, arguments.forced) if arguments.forced else {},
+        "failures": failures,
+        "t3_decode": [asdict(result) for result in results],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="full")
+    parser.add_argument("--positions", type=int, nargs="+", default=[100, 500, 1000])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--forced", type=int, default=16, help="tokens of the divergence; 0: none")
+    parser.add_argument("--only", nargs="*", help="variants whose name has one of these")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    raw = run(arguments)
+    print(json.dumps(raw["divergence"], indent=2))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(raw, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Packing T3's weights: what is shared, what is copied, what is given back."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import engine_of
+from safetensors.torch import save_model
+
+from chatterbox_fast import patch, patched, report, unpatch
+from chatterbox_fast.options import Options
+from chatterbox_fast.precision import choose_precision
+from chatterbox_fast.t3 import weights
+from chatterbox_fast.t3.support import why_unsupported
+from chatterbox_fast.testing import random_t3
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny() -> Any:
+    return random_t3("english", "tiny")
+
+
+def test_exact_on_a_cpu_reads_the_models_own_tensors(tiny: Any) -> None:
+    packed = engine_of(tiny, precision="exact").weights
+    assert packed.prefill is packed.decode
+    assert packed.decode.head.weight.data_ptr() == tiny.speech_head.weight.data_ptr()
+    for ours, layer in zip(packed.decode.layers, tiny.tfmr.layers, strict=True):
+        attention, mlp = layer.self_attn, layer.mlp
+        own = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+               mlp.gate_proj, mlp.up_proj, mlp.down_proj]  # fmt: skip
+        projections = [*ours.qkv, ours.o, *ours.gate_up, ours.down]
+        for projection, module in zip(projections, own, strict=True):
+            assert projection.weight.data_ptr() == module.weight.data_ptr()
+            assert projection.scale is None
+
+
+def test_a_patched_model_can_be_saved_loaded_copied_and_trained(
+    english: Any, tmp_path: Path
+) -> None:
+    before = copy.deepcopy(english.t3.state_dict())
+    with patched(english):
+        save_model(english.t3, str(tmp_path / "t3.safetensors"))
+        torch.save(english.t3.state_dict(), tmp_path / "t3.pt")
+        copied = copy.deepcopy(english.t3)
+        assert why_unsupported(copied) is None
+        tokens = torch.tensor([[255, 40, 0]])
+        once = english.t3.inference(t3_cond=english.conds.t3, text_tokens=tokens, max_new_tokens=3)
+        assert once.shape == (1, 3)
+        with torch.enable_grad():
+            hidden = copied.tfmr(inputs_embeds=torch.ones(1, 2, 1024)).last_hidden_state
+            hidden.sum().backward()
+        assert copied.tfmr.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
+    for loaded in (torch.load(tmp_path / "t3.pt"), english.t3.state_dict()):
+        assert loaded.keys() == before.keys()
+        assert all(torch.equal(loaded[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("int8", torch.int8)])
+def test_narrow_weights_are_a_copy(tiny: Any, precision: str, dtype: torch.dtype) -> None:
+    packed = engine_of(tiny, precision=precision).weights
+    ours, layer = packed.decode.layers[1], tiny.tfmr.layers[1]
+    down = layer.mlp.down_proj.weight
+    assert packed.prefill.layers[1].down.weight.data_ptr() == down.data_ptr()
+    assert ours.down.weight.dtype == packed.decode.head.weight.dtype == dtype
+    assert ours.input_norm.dtype == packed.decode.speech_emb.dtype == torch.float32
+    fused = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]).detach()
+    (gate_up,) = ours.gate_up
+    (qkv,) = ours.qkv
+    assert qkv.weight.shape == (3 * 1024, 1024)
+    if precision == "bf16":
+        assert torch.equal(gate_up.weight, fused.bfloat16())
+        return
+    assert gate_up.scale is not None
+    assert torch.equal(gate_up.scale, fused.abs().amax(dim=1) / 127)
+    error = (gate_up.weight * gate_up.scale[:, None] - fused).abs()
+    assert (error <= 0.501 * gate_up.scale[:, None]).all()
+
+
+def test_a_row_of_zeros_is_quantised_to_zeros() -> None:
+    weight = torch.zeros(2, 8)
+    weight[1] = 3.0
+    narrow, scale = weights._narrow(weight, torch.int8)
+    assert narrow.tolist() == [[0] * 8, [127] * 8]
+    assert scale is not None
+    assert scale.isfinite().all()
+
+
+def test_the_report_shows_memory(english: Any) -> None:
+    def row() -> Any:
+        return next(row for row in report(english) if row.site == "  weights")
+
+    own = sum(p.nbytes for p in english.t3.parameters()) / 1e9
+    with patched(english, precision="exact"):
+        assert row()[1:3] == (f"{own:.2f} GB -> {own:.2f} GB", "cpu")
+    with patched(english, precision="int8"):
+        before, now = (float(part.split()[0]) for part in row().runs.split(" -> "))
+        assert before == round(own, 2)
+        assert now > before, "on a CPU both are kept"
+
+
+def test_weights_are_packed_when_the_model_is_patched(
+    english: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = []
+    stock = weights.pack
+
+    def watched(t3: Any, precise: Any) -> Any:
+        packed.append(precise.precision)
+        return stock(t3, precise)
+
+    monkeypatch.setattr(weights, "pack", watched)
+    patch(english, precision="bf16")
+    assert packed == ["bf16"]
+    english.generate("Hello there.", seed=1)
+    report(english)
+    assert packed == ["bf16"]
+    unpatch(english)
+
+
+def test_a_patch_that_cannot_pack_leaves_the_model_alone(
+    english: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(weights, "pack", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        patch(english)
+    assert report(english)[0].why == "not patched"
+    assert "forward" not in vars(english.t3.tfmr)
+
+
+def test_precisions_that_a_device_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(precision: Any, own: torch.dtype = torch.float32, **options: Any) -> Any:
+        return choose_precision(Options(precision=precision, **options), CPU, own)
+
+    assert choose("auto")[:2] == ("exact", torch.float32)
+    assert choose("bf16")[:2] == ("bf16", torch.bfloat16)
+    assert choose("int8")[1] == torch.int8
+    assert choose("fp16").why == "a CPU gains nothing from fp16"
+    assert choose("bf16", torch.float64).why.startswith("bf16 needs float32 weights to start from")
+    assert choose("int8", backend="reference").why == (
+        "int8 needs the kernel skinny_linear: asked for"
+    )
+    assert choose("exact", backend="reference").kernel == "torch"
+    cuda = torch.device("cuda")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 5))
+    assert choose_precision(Options(), cuda, torch.float32)[:2] == ("fp16", torch.float16)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 9))
+    assert choose_precision(Options(), cuda, torch.float32)[:2] == ("bf16", torch.bfloat16)
