@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from host_cuda import build
-from test_cfg_sample import STOP, VOCABULARY, random_case
+from test_cfg_sample import STOP, VOCABULARY, random_case, rows_of_every_flag
 from toolkit import cuda_toolkit
 from torch import Tensor
 
@@ -154,6 +154,17 @@ def test_rows_that_cannot_be_drawn_from() -> None:
     call = Call(logits, seen, params, torch.zeros(4, 2, dtype=torch.long))
     call.check()
     assert call.by_kernel()[0][2] == [reference.FAILED] * 3 + [0]
+
+
+def test_a_row_that_has_stopped_keeps_its_flags() -> None:
+    logits, flags, after = rows_of_every_flag(301)
+    params = SamplingParams(0.0).pack(torch.float32, CPU).repeat(12, 1)
+    philox = torch.arange(24).view(12, 2) * 4
+    seen = torch.zeros(12, 301, dtype=torch.bool)
+    call = Call(logits, seen, params, philox, stop_token=9, few_threads=True)
+    call.flags = flags
+    call.check()
+    assert call.by_kernel()[0][2] == after
 
 
 TIED = (

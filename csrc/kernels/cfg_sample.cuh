@@ -14,7 +14,7 @@
 // Ties: top-k keeps all ids equal to the k-th; top-p removes the higher id first; the draw takes
 // the lower.
 // A row with a NaN or without a finite score, also after the penalty, sets kCfgSampleFailed, and
-// its token is 0.
+// its token is 0. A row with kCfgSampleStopped on entry keeps its flags.
 //
 // Launch: one block a row, a row's scores in registers (kItems a thread). Without top-k and top-p
 // it is three block reductions over 8 V bytes of logits that the head just left in L2, so the bound
@@ -308,6 +308,13 @@ RT_DEVICE int draw(const SamplingBlock<T>& block, float top, const float (&score
   return best == 0 ? -1 : static_cast<int>(0xffffffffu - static_cast<unsigned>(best));
 }
 
+// A row's flags after a draw; token -1: it could not be drawn from.
+RT_DEVICE int flags_after(int flags, int token, int stop_token) {
+  if (flags & kCfgSampleStopped) return flags;
+  if (token < 0) return flags | kCfgSampleFailed;
+  return token == stop_token ? flags | kCfgSampleStopped : flags;
+}
+
 // What one thread leaves behind for its row; token -1: it could not be drawn from.
 template <typename T>
 RT_DEVICE void finish_row(const CfgSampleArgs<T>& args, int row, int token) {
@@ -315,8 +322,7 @@ RT_DEVICE void finish_row(const CfgSampleArgs<T>& args, int row, int token) {
   args.token[row] = token < 0 ? 0 : token;
   if (args.forget >= 0) seen[args.forget] = false;
   if (token >= 0) seen[token] = true;
-  if (token < 0) args.flags[row] |= kCfgSampleFailed;
-  if (token == args.stop_token) args.flags[row] |= kCfgSampleStopped;
+  args.flags[row] = flags_after(args.flags[row], token, args.stop_token);
   args.philox[2 * row + 1] +=
       static_cast<long long>(torch_philox_increment(args.vocabulary, args.philox_threads));
 }
