@@ -231,10 +231,12 @@ def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [cuda_toolkit() / "bin" / "nvcc", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-O3",
          "--fmad=false", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}",
-         str(source), "-o", str(tmp_path / "out.cubin")],
+         f"--keep-dir={tmp_path}", "--keep", str(source), "-o", str(tmp_path / "out.cubin")],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    ptx = (tmp_path / "cfg_sample.ptx").read_text()
+    assert "atom.shared.add.u32" in ptx, "top-k's counts: adds of 64 bits spin in shared memory"
     if arch not in ("89", "90"):
         return
     facts = re.findall(
