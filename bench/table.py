@@ -47,18 +47,26 @@ def demo_table(raw: dict[str, Any]) -> str:
 
 
 def bench_table(raw: dict[str, Any]) -> str:
-    """The markdown table of a pytest-benchmark file: a row for each case and implementation."""
+    """The markdown table of a pytest-benchmark file: a row for each case and implementation.
+
+    With a column for times in CUDA graphs where the file has any.
+    """
+    infos = [benchmark["extra_info"] for benchmark in raw["benchmarks"]]
+    graphs = any(info.get("graph_us") is not None for info in infos)
     rows = ["| case | implementation | median | p20 – p80 | stock / it |", "|---|---|---|---|---|"]
+    if graphs:
+        rows = [rows[0] + " in a graph |", rows[1] + "---|"]
     for case, medians in by_case(raw).items():
         for info in medians.values():
             ratio = medians["stock"]["median_us"] / info["median_us"]
             rows.append(
                 f"| {case} | {info['implementation']} | {info['median_us']:.0f} µs | "
                 f"{info['p20_us']:.0f} – {info['p80_us']:.0f} | {ratio:.2f}× |"
+                + (f" {_graph_time(info)} |" if graphs else "")
             )
     machine, commit = raw["machine_info"]["measured"], raw["commit_info"]
     dirty = "+" if commit["dirty"] else ""
-    timing = raw["benchmarks"][0]["extra_info"]["timing"]
+    timing = "; ".join(dict.fromkeys(info["timing"] for info in infos))
     return "\n".join(
         [
             *rows,
@@ -67,6 +75,11 @@ def bench_table(raw: dict[str, Any]) -> str:
             f"{timing}, {raw['datetime'][:10]}, commit {commit['id'][:7]}{dirty}.",
         ]
     )
+
+
+def _graph_time(info: dict[str, Any]) -> str:
+    us = info.get("graph_us")
+    return "–" if us is None else f"{us:.1f} µs"
 
 
 def by_case(raw: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:

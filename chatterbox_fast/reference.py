@@ -42,7 +42,8 @@ def cfg_sample(
         seen: ``(R, V)`` bool, the ids the repetition penalty applies to; the drawn id is added.
         params: ``(R, 6)``, as `SamplingParams.pack` makes it.
         flags: ``(R,)`` int32; the bits `STOPPED` and `FAILED` are added where they apply. A row is
-            `FAILED` where it has a NaN or no finite score; its token is 0 then and not added.
+            `FAILED` where it has a NaN or no finite score; its token is 0 then and not added. A row
+            that is `STOPPED` on entry keeps its flags: what is drawn after the end does not matter.
         noise: ``(R, V)``, Exp(1); see `exponential` and `philox_exponential`.
         stop_token: the id that ends a sequence.
         stop_action: ``(R,)`` int32 of `KEEP`, `SUPPRESS`, `FORCE`; None keeps all.
@@ -77,7 +78,8 @@ def cfg_sample(
     probs = scores.softmax(dim=-1)
     failed = probs.isnan().any(dim=-1)
     token = (probs / noise).argmax(dim=-1).masked_fill(failed, 0)
-    flags |= FAILED * failed.int() + STOPPED * ((token == stop_token) & ~failed).int()
+    new = FAILED * failed.int() + STOPPED * ((token == stop_token) & ~failed).int()
+    flags |= new * ((flags & STOPPED) == 0)
     if forget >= 0:
         seen[:, forget] = False
     seen |= torch.zeros_like(seen).scatter(-1, token[:, None], ~failed[:, None])

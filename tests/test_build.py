@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from toolkit import load_setup
+from toolkit import cuda_toolkit, load_setup
 
 import chatterbox_fast
 from chatterbox_fast import _ext
@@ -213,6 +213,25 @@ def test_the_extension_of_this_environment_loads() -> None:
 )
 def test_an_extension_that_does_not_load_says_why(record: dict, said: str) -> None:
     assert re.search(said, _ext._why_not_loaded(record, ImportError("no module")))
+
+
+BINDINGS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+@pytest.mark.parametrize("source", BINDINGS, ids=lambda source: source.stem)
+def test_cuda_bindings_compile_without_a_warning(source: Path, tmp_path: Path) -> None:
+    """Of nvcc or the host's compiler. To unoptimised PTX: kernels have tests of their own."""
+    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
+
+    done = subprocess.run(
+        [cuda_toolkit() / "bin" / "nvcc", *COMMON_NVCC_FLAGS, "-std=c++17", "-arch=compute_89",
+         "-Xcicc", "-O0", "-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra",
+         f"-I{ROOT / 'csrc'}", *(f"-isystem={path}" for path in include_paths()),
+         "-c", str(source), "-o", str(tmp_path / "out.o")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
 
 
 def test_cmake_builds_and_tests_the_kernels(tmp_path: Path) -> None:

@@ -216,6 +216,41 @@ def test_rows_that_cannot_be_drawn_from_are_flagged(backend: Any, bad: float) ->
     assert case.seen[0].nonzero().flatten().tolist() == [3]
 
 
+FLAGS_AFTER = {
+    0: (FAILED, STOPPED, 0),
+    FAILED: (FAILED, FAILED | STOPPED, FAILED),
+    STOPPED: (STOPPED, STOPPED, STOPPED),
+    STOPPED | FAILED: (STOPPED | FAILED, STOPPED | FAILED, STOPPED | FAILED),
+}
+"""Flags on entry -> after a row that cannot be drawn from, the stop token, another token."""
+
+
+def rows_of_every_flag(vocabulary: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Logits of which NaN, 9 and 7 are drawn, flags on entry, flags after: a row for each pair."""
+    ends = torch.zeros(3, vocabulary)
+    ends[0, 5], ends[1, 9], ends[2, 7] = math.nan, 50.0, 50.0
+    entry = torch.tensor(list(FLAGS_AFTER), dtype=torch.int32).repeat_interleave(3)
+    return ends.repeat(4, 1), entry, [flag for after in FLAGS_AFTER.values() for flag in after]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_has_stopped_keeps_its_flags(backend: Any) -> None:
+    """Each row by itself; tokens, mask and random state go on as without any flag."""
+    logits, flags, after = rows_of_every_flag(300)
+    params = SamplingParams(0.0).pack(torch.float32, CPU).repeat(12, 1)
+    results = []
+    for own in (flags, torch.zeros_like(flags)):
+        seen = torch.zeros(12, 300, dtype=torch.bool)
+        philox = torch.arange(24).view(12, 2) * 4
+        token = ops.cfg_sample(
+            logits, seen, params, own, stop_token=9, philox=philox, backend=backend
+        )
+        results.append((token.tolist(), seen.tolist(), philox.tolist()))
+    assert flags.tolist() == after
+    assert results[0] == results[1]
+    assert results[0][0] == [0, 9, 7] * 4
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ties(backend: Any) -> None:
     """Of equal ids top-k keeps all, top-p removes the higher first, min-p 1 keeps all."""

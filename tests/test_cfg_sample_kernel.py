@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from host_cuda import build
-from test_cfg_sample import STOP, VOCABULARY, random_case
+from test_cfg_sample import STOP, VOCABULARY, random_case, rows_of_every_flag
 from toolkit import cuda_toolkit
 from torch import Tensor
 
@@ -156,6 +156,17 @@ def test_rows_that_cannot_be_drawn_from() -> None:
     assert call.by_kernel()[0][2] == [reference.FAILED] * 3 + [0]
 
 
+def test_a_row_that_has_stopped_keeps_its_flags() -> None:
+    logits, flags, after = rows_of_every_flag(301)
+    params = SamplingParams(0.0).pack(torch.float32, CPU).repeat(12, 1)
+    philox = torch.arange(24).view(12, 2) * 4
+    seen = torch.zeros(12, 301, dtype=torch.bool)
+    call = Call(logits, seen, params, philox, stop_token=9, few_threads=True)
+    call.flags = flags
+    call.check()
+    assert call.by_kernel()[0][2] == after
+
+
 TIED = (
     SamplingParams(0, 1, 1, 0.0, 1.0, 2),
     SamplingParams(0, 1, 1, 1.0, 1.0, 0),
@@ -220,10 +231,12 @@ def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [cuda_toolkit() / "bin" / "nvcc", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-O3",
          "--fmad=false", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}",
-         str(source), "-o", str(tmp_path / "out.cubin")],
+         f"--keep-dir={tmp_path}", "--keep", str(source), "-o", str(tmp_path / "out.cubin")],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    ptx = (tmp_path / "cfg_sample.ptx").read_text()
+    assert "atom.shared.add.u32" in ptx, "top-k's counts: adds of 64 bits spin in shared memory"
     if arch not in ("89", "90"):
         return
     facts = re.findall(

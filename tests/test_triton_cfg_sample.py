@@ -70,6 +70,7 @@ class Case:
     guided: bool = True
     turbo: bool = False
     actions: tuple[int, ...] | None = None
+    flags: tuple[int, ...] | None = None
     stop_token: int = 7
     forget: int = -1
     dtype: torch.dtype = torch.float32
@@ -97,6 +98,8 @@ def random_state(case: Case, source: torch.Generator) -> State:
     offset = 4 * torch.randint(0, 2**40, (case.rows,), generator=source)
     seen = torch.rand(case.rows, case.vocabulary, generator=source) < 0.3
     flags = torch.randint(0, 2, (case.rows,), generator=source, dtype=torch.int32) * 4
+    if case.flags:
+        flags = torch.tensor(case.flags, dtype=torch.int32)
     philox = torch.stack([seed, offset], dim=1)
     if case.philox:
         philox[:] = torch.tensor(case.philox)
@@ -260,6 +263,17 @@ def test_rows_that_cannot_be_drawn_from(interpreted: Any, turbo: bool, params: P
     first, second, flags = interpreted(case)
     assert first == second == [0, 0, 0, 0, 2]
     assert [flag & FAILED for flag in flags] == [FAILED] * 4 + [0]
+
+
+def test_a_row_that_has_stopped_keeps_its_flags(interpreted: Any) -> None:
+    """Rows of NaN, the stop token and another one, with each flag on entry."""
+    scores = ((math.nan,), (0.0, 50.0), (50.0, 0.0))
+    both = STOPPED | FAILED
+    entry = (0, 0, 0, FAILED, FAILED, FAILED, STOPPED, STOPPED, STOPPED, both, both, both)
+    case = Case((Params(),), 12, 20, guided=False, scores=scores, flags=entry, stop_token=1)
+    tokens, flags = interpreted(case)
+    assert tokens == [0, 1, 0] * 4
+    assert flags == [FAILED, STOPPED, 0, FAILED, both, FAILED, *entry[6:]]
 
 
 def test_a_forced_stop_needs_no_logits(interpreted: Any) -> None:

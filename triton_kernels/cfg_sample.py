@@ -8,7 +8,7 @@ Turbo:   CFG -> stop action -> temperature -> top-k -> min-p -> top-p -> penalty
 
 Equivalent to: chatterbox_fast/reference.py, ``cfg_sample`` with the noise of
 ``philox_exponential``, then ``philox[:, 1] += philox_increment``. seen, flags and philox are
-updated in place.
+updated in place; a row that is STOPPED on entry keeps its flags.
 
 Arithmetic: float32, rounded operation by operation as torch's own (no contraction to FMA); divisors
 as torch applies them, see ``reference.divide``. Probabilities are not normalised: exp(s - max) is
@@ -182,7 +182,8 @@ def cfg_sample_kernel(
 
     tl.debug_barrier()  # all threads have read the row before one of them changes it
     tl.store(token + row, drawn.to(tl.int64))
-    tl.store(flags + row, tl.load(flags + row) | flag)
+    old = tl.load(flags + row)
+    tl.store(flags + row, tl.where((old & _STOPPED) != 0, old, old | flag))
     tl.store(seen + forget, False, mask=forget >= 0)
     tl.debug_barrier()  # the drawn id stays seen, also where it is the one to forget
     tl.store(seen + drawn, True, mask=~failed)

@@ -186,6 +186,12 @@ struct Arguments {
   bool guided;
 };
 
+// A row's flags after a draw; one that had stopped before keeps them.
+int32_t flags_after(int32_t flags, bool drawable, bool stops) {
+  if (flags & kStopped) return flags;
+  return flags | (!drawable ? kFailed : stops ? kStopped : 0);
+}
+
 // Row r: prepares `scores`, draws with `noise`, writes seen and flags; returns the token.
 template <typename T, typename Noise>
 int64_t sample_row(const Arguments& a, int64_t r, std::vector<float>& scores, Noise noise) {
@@ -201,12 +207,8 @@ int64_t sample_row(const Arguments& a, int64_t r, std::vector<float>& scores, No
   const int64_t token = draw(scores, noise);
   int32_t& flags = a.flags.mutable_data_ptr<int32_t>()[r];
   if (a.rules.forget >= 0) seen[a.rules.forget] = false;
-  if (!drawable) {
-    flags |= kFailed;
-  } else {
-    seen[token] = true;
-    if (token == a.rules.stop_token) flags |= kStopped;
-  }
+  if (drawable) seen[token] = true;
+  flags = flags_after(flags, drawable, token == a.rules.stop_token);
   return token;
 }
 

@@ -14,7 +14,7 @@
 // Ties: top-k keeps all ids equal to the k-th; top-p removes the higher id first; the draw takes
 // the lower.
 // A row with a NaN or without a finite score, also after the penalty, sets kCfgSampleFailed, and
-// its token is 0.
+// its token is 0. A row with kCfgSampleStopped on entry keeps its flags.
 //
 // Launch: one block a row, a row's scores in registers (kItems a thread). Without top-k and top-p
 // it is three block reductions over 8 V bytes of logits that the head just left in L2, so the bound
@@ -91,21 +91,29 @@ RT_DEVICE unsigned long long block_max(unsigned long long value, unsigned long l
   return value;
 }
 
-// Shared memory of radix_select.
+// Shared memory of radix_select: bins of ids, which the GPU counts natively, or of 64-bit masses,
+// whose adds spin.
+union RadixBins {
+  unsigned counts[kRadixBins];
+  unsigned long long masses[kRadixBins];
+};
+
+template <typename Sum>
 struct RadixScratch {
-  unsigned long long* bins;    // kRadixBins
+  Sum* bins;                   // kRadixBins
   unsigned long long* result;  // 2: the bin found, the weight below it
 };
 
 // By warp 0: the first bin whose running sum exceeds `limit`, else the last bin with a weight.
-RT_DEVICE void find_bin(const RadixScratch& scratch, unsigned long long limit) {
+template <typename Sum>
+RT_DEVICE void find_bin(const RadixScratch<Sum>& scratch, Sum limit) {
   constexpr int kPerLane = kRadixBins / 32;
   const int lane = threadIdx.x;
-  unsigned long long own = 0;
+  Sum own = 0;
   for (int i = 0; i < kPerLane; ++i) own += scratch.bins[lane * kPerLane + i];
-  unsigned long long below = own;
+  Sum below = own;
   for (int step = 1; step < 32; step *= 2) {
-    const unsigned long long left = __shfl_up_sync(kFullWarp, below, step);
+    const Sum left = __shfl_up_sync(kFullWarp, below, step);
     if (lane >= step) below += left;
   }
   below -= own;
@@ -114,9 +122,9 @@ RT_DEVICE void find_bin(const RadixScratch& scratch, unsigned long long limit) {
   const int owner = exceeding != 0 ? __ffs(exceeding) - 1 : 31 - __clz(weighted);
   if (lane != owner) return;
   int bin = lane * kPerLane;
-  unsigned long long last_below = below;
+  Sum last_below = below;
   for (int i = 0; i < kPerLane; ++i) {
-    const unsigned long long weight = scratch.bins[lane * kPerLane + i];
+    const Sum weight = scratch.bins[lane * kPerLane + i];
     if (weight == 0) continue;
     bin = lane * kPerLane + i;
     last_below = below;
@@ -130,9 +138,9 @@ RT_DEVICE void find_bin(const RadixScratch& scratch, unsigned long long limit) {
 // The first rank key, ascending, at which the running sum of weights exceeds `limit`; the last one
 // where it never does. Reads the highest `digits` bytes of the 6-byte keys; the rest is 0.
 // weight(k) is the weight of this thread's item k, 0 where it takes no part.
-template <int kThreads, int kItems, typename Weight>
-RT_DEVICE unsigned long long radix_select(const float* scores, unsigned long long limit, int digits,
-                                          const RadixScratch& scratch, Weight weight) {
+template <int kThreads, int kItems, typename Sum, typename Weight>
+RT_DEVICE unsigned long long radix_select(const float* scores, Sum limit, int digits,
+                                          const RadixScratch<Sum>& scratch, Weight weight) {
   unsigned long long prefix = 0;
   for (int digit = 5; digit > 5 - digits; --digit) {
     const int shift = 8 * digit;
@@ -141,7 +149,7 @@ RT_DEVICE unsigned long long radix_select(const float* scores, unsigned long lon
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       const unsigned long long key = rank_key(scores[k], threadIdx.x + k * kThreads);
-      const unsigned long long own = weight(k);
+      const Sum own = weight(k);
       if (own != 0 && key >> (shift + 8) == prefix >> (shift + 8)) {
         atomicAdd(&scratch.bins[key >> shift & 0xff], own);
       }
@@ -150,7 +158,8 @@ RT_DEVICE unsigned long long radix_select(const float* scores, unsigned long lon
     if (threadIdx.x < 32) find_bin(scratch, limit);
     __syncthreads();
     prefix |= scratch.result[0] << shift;
-    limit -= scratch.result[1] < limit ? scratch.result[1] : limit;
+    const Sum below = static_cast<Sum>(scratch.result[1]);
+    limit -= below < limit ? below : limit;
   }
   return prefix;
 }
@@ -188,7 +197,8 @@ struct SamplingBlock {
   const bool* seen;  // the row's
   int row;
   unsigned long long* scratch;  // 32 values
-  RadixScratch radix;
+  RadixScratch<unsigned> counting;
+  RadixScratch<unsigned long long> weighing;
 };
 
 // Stock's chain up to the temperature. Returns the highest score; a NaN where the row has one.
@@ -222,10 +232,11 @@ RT_DEVICE void keep_top_k(const SamplingBlock<T>& block, float (&scores)[kItems]
   const int vocabulary = block.args.vocabulary;
   const int top_k = static_cast<int>(block.params.top_k);
   if (top_k <= 0 || top_k >= vocabulary) return;
-  const auto one = [&](int k) -> unsigned long long {
+  const auto one = [&](int k) -> unsigned {
     return static_cast<int>(threadIdx.x) + k * kThreads < vocabulary;
   };
-  const auto kth = radix_select<kThreads, kItems>(scores, vocabulary - top_k, 4, block.radix, one);
+  const auto others = static_cast<unsigned>(vocabulary - top_k);
+  const auto kth = radix_select<kThreads, kItems>(scores, others, 4, block.counting, one);
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
     if (static_cast<unsigned long long>(ordered(scores[k])) << 16 < kth) {
@@ -260,7 +271,7 @@ RT_DEVICE void keep_top_p(const SamplingBlock<T>& block, float top, float (&scor
   const auto limit = static_cast<unsigned long long>(
       static_cast<double>(block.params.one_minus_top_p) * static_cast<double>(*total));
   const auto weight = [&](int k) { return mass(scores[k], top); };
-  const auto lowest = radix_select<kThreads, kItems>(scores, limit, 6, block.radix, weight);
+  const auto lowest = radix_select<kThreads, kItems>(scores, limit, 6, block.weighing, weight);
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
     if (rank_key(scores[k], threadIdx.x + k * kThreads) < lowest) scores[k] = negative_infinity();
@@ -308,6 +319,13 @@ RT_DEVICE int draw(const SamplingBlock<T>& block, float top, const float (&score
   return best == 0 ? -1 : static_cast<int>(0xffffffffu - static_cast<unsigned>(best));
 }
 
+// A row's flags after a draw; token -1: it could not be drawn from.
+RT_DEVICE int flags_after(int flags, int token, int stop_token) {
+  if (flags & kCfgSampleStopped) return flags;
+  if (token < 0) return flags | kCfgSampleFailed;
+  return token == stop_token ? flags | kCfgSampleStopped : flags;
+}
+
 // What one thread leaves behind for its row; token -1: it could not be drawn from.
 template <typename T>
 RT_DEVICE void finish_row(const CfgSampleArgs<T>& args, int row, int token) {
@@ -315,8 +333,7 @@ RT_DEVICE void finish_row(const CfgSampleArgs<T>& args, int row, int token) {
   args.token[row] = token < 0 ? 0 : token;
   if (args.forget >= 0) seen[args.forget] = false;
   if (token >= 0) seen[token] = true;
-  if (token < 0) args.flags[row] |= kCfgSampleFailed;
-  if (token == args.stop_token) args.flags[row] |= kCfgSampleStopped;
+  args.flags[row] = flags_after(args.flags[row], token, args.stop_token);
   args.philox[2 * row + 1] +=
       static_cast<long long>(torch_philox_increment(args.vocabulary, args.philox_threads));
 }
@@ -324,7 +341,7 @@ RT_DEVICE void finish_row(const CfgSampleArgs<T>& args, int row, int token) {
 template <int kThreads, int kItems, typename T>
 RT_GLOBAL void RT_LAUNCH_BOUNDS(kThreads) cfg_sample_kernel(CfgSampleArgs<T> args) {
   RT_SHARED(unsigned long long, scratch, 32);
-  RT_SHARED(unsigned long long, bins, kRadixBins);
+  RT_SHARED(RadixBins, bins, 1);
   RT_SHARED(unsigned long long, result, 2);
   const int row = blockIdx.x;
   const SamplingBlock<T> block = {args,
@@ -332,7 +349,8 @@ RT_GLOBAL void RT_LAUNCH_BOUNDS(kThreads) cfg_sample_kernel(CfgSampleArgs<T> arg
                                   args.seen + static_cast<long long>(row) * args.vocabulary,
                                   row,
                                   scratch,
-                                  {bins, result}};
+                                  {bins->counts, result},
+                                  {bins->masses, result}};
   float scores[kItems];
   float top = load_scores<kThreads>(block, scores);
   int token = -1;

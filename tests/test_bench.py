@@ -1,0 +1,186 @@
+"""The benches: what they time is checked, what they note, and how a table shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import bench_cfg_sample
+import pytest
+import table
+import timing
+import torch
+from test_cfg_sample import FakeGenerator
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("case", bench_cfg_sample.CASES)
+def test_what_is_timed_draws_stocks_ids(case: str) -> None:
+    row = bench_cfg_sample.Row(*bench_cfg_sample.CASES[case], CPU)
+    for make in (bench_cfg_sample.stock, bench_cfg_sample.extension, bench_cfg_sample.reference):
+        bench_cfg_sample.verify(row, make(row))
+    assert len(set(row.draws(bench_cfg_sample.stock(row)))) > 10
+
+
+def test_another_place_in_the_stream_is_not_timed() -> None:
+    """Although every id drawn is one that stock may draw."""
+    row = bench_cfg_sample.Row(*bench_cfg_sample.CASES["english"], CPU)
+    right = bench_cfg_sample.extension(row)
+    with pytest.raises(AssertionError):
+        bench_cfg_sample.verify(row, lambda: (torch.rand(1), right())[1])
+
+
+def test_another_temperature_is_not_timed() -> None:
+    row = bench_cfg_sample.Row(*bench_cfg_sample.CASES["english"], CPU)
+    row.params[0, 2] += 0.1
+    with pytest.raises(AssertionError):
+        bench_cfg_sample.verify(row, bench_cfg_sample.extension(row))
+
+
+def test_kernels_on_a_gpu_draw_where_stocks_generator_stands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = FakeGenerator(40)
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    row = bench_cfg_sample.Row(*bench_cfg_sample.CASES["turbo"], CPU)
+    row.philox = torch.zeros(1, 2, dtype=torch.long)
+    row.restart()
+    assert row.philox.tolist() == [[-1, 40]]
+    assert generator.offset == 40
+
+
+# ---- time in a CUDA graph
+
+
+class FakeCuda:
+    """What `timing` uses of torch.cuda, with a device whose clock only kernels move."""
+
+    def __init__(self) -> None:
+        self.clock_us, self.mode, self.graphs = 0.0, 0, 0
+        self.work: list[float] | None = None
+        self.Stream = object
+
+    def kernel(self, us: float, waits: bool = False) -> None:
+        if waits and self.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation\nin a trial")
+        if self.work is None:
+            self.clock_us += us
+        else:
+            self.work.append(us)
+
+    def synchronize(self) -> None:
+        pass
+
+    def get_sync_debug_mode(self) -> int | str:
+        return self.mode
+
+    def set_sync_debug_mode(self, mode: int | str) -> None:
+        self.mode = mode
+
+    @contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        assert type(stream) is self.Stream
+        yield
+
+    def CUDAGraph(self) -> Any:
+        self.graphs += 1
+        work: list[float] = []
+        return SimpleNamespace(work=work, replay=lambda: self.kernel(sum(work)))
+
+    @contextmanager
+    def graph(self, graph: Any, stream: object) -> Iterator[None]:
+        assert type(stream) is self.Stream
+        self.work = graph.work
+        yield
+        self.work = None
+
+    def Event(self, enable_timing: bool) -> Any:
+        assert enable_timing
+        event = SimpleNamespace(synchronize=self.synchronize)
+        event.record = lambda: setattr(event, "at", self.clock_us)
+        event.elapsed_time = lambda end: 1e-3 * (end.at - event.at)
+        return event
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    monkeypatch.setattr(timing, "torch", SimpleNamespace(cuda=fake))
+    return fake
+
+
+def test_the_time_in_a_graph_is_that_of_one_call(cuda: FakeCuda) -> None:
+    us, no_graph = timing.graph_time(CUDA, lambda: cuda.kernel(3.0))
+    assert us == pytest.approx(3.0)
+    assert no_graph is None
+    assert cuda.clock_us == pytest.approx(3.0 * (1 + timing.GRAPH_CALLS * timing.ROUNDS))
+    assert cuda.mode == 0
+
+
+def test_a_call_that_waits_is_not_captured(cuda: FakeCuda) -> None:
+    """A capture would fail, and leave torch's generator unusable."""
+    got = timing.graph_time(CUDA, lambda: cuda.kernel(3.0, waits=True))
+    assert got == (None, "called a synchronizing CUDA operation")
+    assert cuda.graphs == 0
+    assert cuda.mode == 0
+
+
+def test_a_cpu_has_no_graph() -> None:
+    times = SimpleNamespace(stats=SimpleNamespace(data=[2e-6, 1e-6, 3e-6]))
+    benchmark = SimpleNamespace(extra_info={}, stats=times, pedantic=lambda *_, **__: None)
+    timing.measure(benchmark, CPU, lambda: None, 1)
+    assert benchmark.extra_info["median_us"] == pytest.approx(2.0)
+    assert benchmark.extra_info["graph_us"] is None
+    assert benchmark.extra_info["no_graph"] == "no CUDA graph on a CPU"
+
+
+@pytest.mark.gpu
+def test_graphs_on_a_gpu() -> None:
+    x = torch.rand(2**20, device="cuda")
+    us, no_graph = timing.graph_time(CUDA, lambda: x.exponential_())
+    assert us is not None
+    assert us > 0
+    assert no_graph is None
+    us, no_graph = timing.graph_time(CUDA, lambda: x.sum().item())
+    assert us is None
+    assert "synchronizing" in str(no_graph)
+    assert 0 < x.exponential_().mean().item() < 2, "torch's generator draws on"
+
+
+# ---- tables
+
+
+def result(implementation: str, **info: Any) -> dict[str, Any]:
+    times = {"median_us": 20.0, "p20_us": 19.0, "p80_us": 22.0, "timing": "warm"}
+    names = {"case": "a", "device": "cuda", "implementation": implementation}
+    return {"extra_info": names | times | info}
+
+
+def table_of(*results: dict[str, Any]) -> list[str]:
+    machine = {"device": "GPU", "threads": 2, "torch": "2.11"}
+    return table.bench_table({
+        "benchmarks": results,
+        "machine_info": {"measured": machine},
+        "commit_info": {"dirty": False, "id": "0123456789"},
+        "datetime": "2026-11-23T01:00:00",
+    }).splitlines()  # fmt: skip
+
+
+def test_a_table_has_graphs_only_where_its_file_has() -> None:
+    header, rule, *rows = table_of(
+        result("stock", graph_us=None, no_graph="it waits"),
+        result("extension", graph_us=3.14, no_graph=None, timing="cold"),
+    )
+    assert header.endswith("| stock / it | in a graph |")
+    assert rule == "|---|---|---|---|---|---|"
+    assert [row.rsplit("| ", 1)[1] for row in rows[:2]] == ["– |", "3.1 µs |"]
+    assert ", warm; cold, " in rows[-1]
+    for without in (table_of(result("stock")), table_of(result("stock", graph_us=None))):
+        assert without[:2] == [
+            "| case | implementation | median | p20 – p80 | stock / it |",
+            "|---|---|---|---|---|",
+        ]
+        assert without[2] == "| a, cuda | stock | 20 µs | 19 – 22 | 1.00× |"
