@@ -20,6 +20,8 @@ MAX_VOCABULARY = 65536
 """The most ids the kernels take."""
 MAX_SKINNY_ROWS = 8
 """The most rows of x that skinny_linear takes."""
+HEAD_DIM = 64
+"""The width of a head that decode_attention's kernels take; its reference takes any."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,55 @@ def skinny_linear_by(backend: str) -> Callable[[Tensor, Tensor, Tensor | None], 
     return reference.skinny_linear
 
 
+def decode_attention(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    flags: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    watched: Tensor | None = None,
+    probabilities: Tensor | None = None,
+    arrivals: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attention of one new token a row over its KV cache, which it is appended to in place.
+
+    Args:
+        qkv, k_cache, v_cache, position, flags, cos, sin, watched, probabilities: see
+            `reference.decode_attention`. The kernels take at most 64 rows, heads of 64, float32
+            tables, and caches that are contiguous in their last two dimensions and aligned to 16
+            bytes in every row and head.
+        arrivals: int32 zeros, ``(B H,)`` or more, in which the blocks of the CUDA kernel meet; they
+            are zeros again after. Calls that may run at the same time need their own. None: the
+            kernel makes them, which is one launch more.
+        backend: which implementation to prefer, see `dispatch.choose`.
+
+    Returns:
+        ``(B, H D)`` in qkv's dtype: what the output projection reads.
+
+    Raises:
+        RuntimeError: an argument of another shape, dtype, layout or device than documented.
+    """
+    choice = dispatch.choose("decode_attention", qkv.device, backend, qkv.dtype)
+    return decode_attention_by(choice.backend)(
+        qkv, k_cache, v_cache, position, flags, cos, sin, watched, probabilities, arrivals
+    )
+
+
+def decode_attention_by(backend: str) -> Callable[..., Tensor]:
+    """decode_attention by a backend that `dispatch.choose` named, for callers that choose once."""
+    if backend == "extension":
+        return torch.ops.chatterbox_fast.decode_attention.default
+    if backend == "triton":
+        from .triton_kernels.decode_attention import decode_attention as twin
+
+        return twin
+    return reference.decode_attention
+
+
 if dispatch.extension_has("cfg_sample"):
 
     @torch.library.register_fake("chatterbox_fast::cfg_sample")
@@ -256,3 +307,23 @@ if dispatch.extension_has("skinny_linear"):
     @torch.library.register_fake("chatterbox_fast::skinny_linear")
     def _skinny_linear_fake(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         return x.new_empty(x.shape[0], weight.shape[0])
+
+
+if dispatch.extension_has("decode_attention"):
+
+    @torch.library.register_fake("chatterbox_fast::decode_attention")
+    def _decode_attention_fake(
+        qkv: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        position: Tensor,
+        flags: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        watched: Tensor | None = None,
+        probabilities: Tensor | None = None,
+        arrivals: Tensor | None = None,
+        *,
+        splits: int = 0,
+    ) -> Tensor:
+        return qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])

@@ -19,12 +19,14 @@ class Precise(NamedTuple):
         precision: ``"exact"``, ``"bf16"``, ``"fp16"`` or ``"int8"``.
         dtype: what the weights are stored in; for ``"exact"`` the model's own.
         kernel: the backend of `skinny_linear`, or ``"torch"`` for torch's own.
+        attention: the backend of `decode_attention`.
         why: the reason, in a few words.
     """
 
     precision: str
     dtype: torch.dtype
     kernel: str
+    attention: str
     why: str
 
 
@@ -41,7 +43,8 @@ def choose_precision(options: Options, device: torch.device, own: torch.dtype) -
         wanted, why = _auto(device)
     if wanted != "exact" and (reason := _why_not(wanted, device, own, choice)) is not None:
         wanted, why = "exact", reason
-    return Precise(wanted, DTYPES.get(wanted, own), kernel, why)
+    attention = dispatch.choose("decode_attention", device, options.backend, own).backend
+    return Precise(wanted, DTYPES.get(wanted, own), kernel, attention, why)
 
 
 def _auto(device: torch.device) -> tuple[str, str]:

@@ -213,43 +213,70 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in the half-split layout of Llama.
 
     Args:
-        x: ``(B, H, S, D)``. cos, sin: ``(S, D)``, both halves alike.
+        x: ``(..., D)``. cos, sin: of a shape that broadcasts with it, both halves alike.
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     position: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    flags: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    watched: Tensor | None = None,
+    probabilities: Tensor | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one new token: rotates q and k, appends k and v, attends to what is valid.
+    """Attention of one new token a row: rotates q and k, appends k and v, attends to the prefix.
 
     Args:
-        q, k, v: ``(B, H, 1, D)``, not rotated.
-        k_cache, v_cache: ``(B, H, capacity, D)``, in any floating dtype; written in place at
-            `position`.
-        position: ``(1,)`` int64 on the device, in ``[0, capacity)``.
-        cos, sin: ``(positions, D)``, the rotary table.
+        qkv: ``(B, 3, H, D)`` float32, float16 or bfloat16: q, k and v, not rotated. Computed in
+            float32.
+        k_cache, v_cache: ``(B, H, C, D)`` in a floating dtype of their own; slot `position` of
+            each row is written in place. What lies behind it does not matter; here alone it must
+            be finite.
+        position: int64 on the device, ``(B,)``, or ``(1,)`` for all rows.
+        flags: int32, of position's shape; the bit `FAILED` is added where a position is not in
+            ``[0, C)``. Such a row appends nothing, and all it gets is 0.
+        cos, sin: ``(C or more, D)``, the rotary table; None: no rotation.
+        watched: ``(W, 2)`` int32, rows and heads there are.
+        probabilities: ``(W, C)`` float32: set to the softmax of each watched row and head, which is
+            0 behind the position.
+        arrivals: not used; see `ops.decode_attention`.
 
     Returns:
-        ``(B, H, 1, D)``: softmax(q k' / sqrt(D)) v over cache slots ``0 .. position``.
+        ``(B, H D)`` in qkv's dtype: softmax(q k' / sqrt(D)) v over slots ``0 .. position``, k and v
+        as they are stored.
     """
-    here_cos, here_sin = cos.index_select(0, position), sin.index_select(0, position)
-    stored = k_cache.dtype
-    k_cache.index_copy_(2, position, apply_rope(k, here_cos, here_sin).to(stored))
-    v_cache.index_copy_(2, position, v.to(stored))
-    slots = torch.arange(k_cache.shape[2], device=q.device)
+    del arrivals
+    rows, _, heads, dim = qkv.shape
+    capacity = k_cache.shape[2]
+    if rows * heads == 0:
+        return qkv.new_empty(rows, heads * dim)
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    q, k, v = qkv.to(wide).unbind(1)
+    inside = ((position >= 0) & (position < capacity))[:, None, None]
+    slot = position.clamp(0, capacity - 1)
+    flags |= FAILED * (~inside).flatten().int()
+    if cos is not None and sin is not None:
+        here = [table.index_select(0, slot).to(wide)[:, None] for table in (cos, sin)]
+        q, k = apply_rope(q, *here), apply_rope(k, *here)
+    at = slot[:, None, None, None].expand(rows, heads, 1, dim)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        stored = torch.where(inside, new.to(cache.dtype), cache.gather(2, at)[:, :, 0])
+        cache.scatter_(2, at, stored[:, :, None])
+    valid = (torch.arange(capacity, device=qkv.device) <= slot[:, None])[:, None]
     out = F.scaled_dot_product_attention(
-        apply_rope(q, here_cos, here_sin).to(stored),
-        k_cache,
-        v_cache,
-        attn_mask=(slots <= position)[None],
+        q[:, :, None], k_cache.to(wide), v_cache.to(wide), attn_mask=valid[:, None]
     )
-    return out.to(q.dtype)
+    out = out[:, :, 0].masked_fill(~inside, 0)
+    if watched is not None and probabilities is not None:
+        row, head = watched.long().unbind(1)
+        scores = (k_cache[row, head].to(wide) @ q[row, head, :, None])[..., 0] / dim**0.5
+        weights = scores.masked_fill(~valid[:, 0].expand(rows, -1)[row], -float("inf")).softmax(-1)
+        probabilities.copy_(weights.masked_fill(~inside[:, 0].expand(rows, 1)[row], 0))
+    return out.reshape(rows, heads * dim).to(qkv.dtype)

@@ -4,8 +4,8 @@
 
 #include <c10/util/Exception.h>
 
-#define CBF_CHECK(condition, op, argument, must, ...)                                      \
-  TORCH_CHECK(condition, "chatterbox_fast::" op ": " argument " must be ", must, ", got ", \
+#define CBF_CHECK(condition, op, argument, must, ...)                                        \
+  TORCH_CHECK(condition, "chatterbox_fast::" op ": ", argument, " must be ", must, ", got ", \
               __VA_ARGS__)
 
 #define CBF_CHECK_DTYPE(tensor, op, type) \

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import ops, reference
 from .weights import LayerWeights, T3Weights, project
 
 
@@ -22,8 +22,10 @@ def decode_layer(
     k_cache: Tensor,
     v_cache: Tensor,
     position: Tensor,
+    flags: Tensor,
     cos: Tensor,
     sin: Tensor,
+    arrivals: Tensor,
 ) -> Tensor:
     """One layer over one new position.
 
@@ -31,12 +33,12 @@ def decode_layer(
         x: ``(B, 1, dim)``.
         k_cache, v_cache: ``(B, H, C, D)``, written in place at `position`; the first C slots of
             the layer's cache, which must hold it.
-        position: ``(1,)`` int64.
-        cos, sin: the rotary table.
+        position, flags, cos, sin, arrivals: see `ops.decode_attention`.
     """
-    q, k, v = _qkv(layer, x)
-    out = reference.decode_attention(q, k, v, k_cache, v_cache, position, cos, sin)
-    return _after_attention(layer, x, out)
+    attention = ops.decode_attention_by(layer.attention)
+    qkv = _fused_qkv(layer, x)[:, 0]
+    out = attention(qkv, k_cache, v_cache, position, flags, cos, sin, None, None, arrivals)
+    return _after_attention(layer, x, out[:, None])
 
 
 def prefill_layer(
@@ -57,29 +59,31 @@ def prefill_layer(
         cos, sin: ``(S, D)``, the rotary table's rows for the new positions.
         mask: ``(S, start + S)`` bool, what a position attends to.
     """
-    q, k, v = _qkv(layer, x)
+    q, k, v = _fused_qkv(layer, x).permute(2, 0, 3, 1, 4)
     end = start + x.shape[1]
     k_cache[:, :, start:end] = reference.apply_rope(k, cos, sin).to(k_cache.dtype)
     v_cache[:, :, start:end] = v.to(v_cache.dtype)
-    q = reference.apply_rope(q, cos, sin).to(k_cache.dtype)
+    # A GPU is fastest in what the cache has, a CPU in float32.
+    computed = k_cache.dtype if x.is_cuda else x.dtype
     out = F.scaled_dot_product_attention(
-        q, k_cache[:, :, :end], v_cache[:, :, :end], attn_mask=mask
+        reference.apply_rope(q, cos, sin).to(computed),
+        k_cache[:, :, :end].to(computed),
+        v_cache[:, :, :end].to(computed),
+        attn_mask=mask,
     )
-    return _after_attention(layer, x, out.to(x.dtype))
+    return _after_attention(layer, x, out.to(x.dtype).transpose(1, 2).flatten(2))
 
 
-def _qkv(layer: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v ``(B, H, S, D)`` of x ``(B, S, dim)``, not rotated."""
+def _fused_qkv(layer: LayerWeights, x: Tensor) -> Tensor:
+    """q, k and v ``(B, S, 3, H, D)`` of x ``(B, S, dim)``, not rotated."""
     rows, length, _ = x.shape
     fused = project(layer.qkv, _norm(x, layer.input_norm, layer.eps))
-    q, k, v = fused.view(rows, length, 3, layer.heads, -1).permute(2, 0, 3, 1, 4)
-    return q, k, v
+    return fused.view(rows, length, 3, layer.heads, -1)
 
 
 def _after_attention(layer: LayerWeights, x: Tensor, out: Tensor) -> Tensor:
-    """The rest of the layer, from attention's output ``(B, H, S, D)``."""
-    rows, _, length, _ = out.shape
-    x = x + layer.o(out.transpose(1, 2).reshape(rows, length, -1))
+    """The rest of the layer, from attention's output ``(B, S, H D)``."""
+    x = x + layer.o(out)
     hidden = _norm(x, layer.post_norm, layer.eps)
     gate, up = project(layer.gate_up, hidden).chunk(2, dim=-1)
     return x + layer.down(F.silu(gate) * up)

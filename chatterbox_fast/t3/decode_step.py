@@ -28,8 +28,9 @@ def decode_step(
     """Runs the last drawn token through the backbone and draws the next one, in place.
 
     Args:
-        slots: how many cache slots attention looks at; more than `state.position`. The fewer, the
-            less is read; in a CUDA graph it is the capacity.
+        slots: how many cache slots attention looks at; more than `state.position`, else the flag
+            `FAILED` is set. The fewer, the less the reference reads; kernels read the position. In
+            a CUDA graph it is the capacity.
     """
     logits = step_logits(weights, state, slots, layers)
     draw_token(weights, state, logits, generator)
@@ -42,7 +43,10 @@ def step_logits(
     x = state.embedding
     for number, layer in enumerate(weights.layers):
         k_cache, v_cache = state.k_cache[number, :, :, :slots], state.v_cache[number, :, :, :slots]
-        x = layers.decode(layer, x, k_cache, v_cache, state.position, state.cos, state.sin)
+        x = layers.decode(
+            layer, x, k_cache, v_cache, state.position, state.flags, state.cos, state.sin,
+            state.arrivals,
+        )  # fmt: skip
     state.position += 1
     return last_logits(weights, x)
 

@@ -48,6 +48,7 @@ class DecodeState:
     seen: Tensor  # (R, V) bool            ids the repetition penalty applies to
     params: Tensor  # (R, 6)               SamplingParams.pack
     flags: Tensor  # (R,) int32            reference.STOPPED, reference.FAILED
+    arrivals: Tensor  # (B H,) int32       0 between steps: see ops.decode_attention
     philox: Tensor | None  # (R, 2) int64  random state, where it lives on the device
     stop_token: int
     backend: Backend
@@ -90,6 +91,7 @@ class DecodeState:
             seen=zeros(1, weights.vocabulary, of=torch.bool),
             params=SamplingParams().pack(dtype, device),
             flags=zeros(1, of=torch.int32),
+            arrivals=zeros(rows * weights.heads, of=torch.int32),
             philox=zeros(1, 2) if philox else None,
             stop_token=stop_token,
             backend=backend,
@@ -97,7 +99,8 @@ class DecodeState:
 
     def reset(self, sampling: SamplingParams, start_token: int) -> None:
         """Forgets the request before; what it cached lies behind the position, which is 0."""
-        for tensor in (self.position, self.count, self.tokens, self.seen, self.flags):
+        for tensor in (self.position, self.count, self.tokens, self.seen, self.flags,
+                       self.arrivals):  # fmt: skip
             tensor.zero_()
         self.seen[:, start_token] = True
         self.params.copy_(sampling.pack(self.params.dtype, self.params.device))

@@ -66,6 +66,7 @@ class LayerWeights(NamedTuple):
     down: Projection
     heads: int
     eps: float
+    attention: str  # the backend of decode_attention
 
 
 class T3Weights(NamedTuple):
@@ -114,7 +115,7 @@ class _Own:
     """Makes projections of the parameters themselves."""
 
     def __init__(self, t3: Any, precise: Precise) -> None:
-        self.kernel = precise.kernel
+        self.kernel, self.attention = precise.kernel, _attention(t3, precise)
         self.cache_dtype = t3.speech_head.weight.dtype
 
     def __call__(self, *parameters: nn.Parameter) -> Projections:
@@ -125,16 +126,20 @@ class _Copied:
     """Makes one projection of a copy of the parameters, on the model's device."""
 
     def __init__(self, t3: Any, precise: Precise) -> None:
-        self.kernel, self.dtype, self.device = precise.kernel, precise.dtype, t3.device
-        self.cache_dtype = torch.float32  # a CPU's attention is fastest in it
-        if self.device.type == "cuda":  # a GPU reads as few bytes as it can
-            self.cache_dtype = self.dtype if self.dtype.is_floating_point else torch.bfloat16
+        self.kernel, self.attention = precise.kernel, _attention(t3, precise)
+        self.dtype, self.device = precise.dtype, t3.device
+        self.cache_dtype = self.dtype if self.dtype.is_floating_point else torch.bfloat16
 
     def __call__(self, *parameters: nn.Parameter) -> Projections:
         parts = [_narrow(parameter.detach(), self.dtype) for parameter in parameters]
         weight = torch.cat([weight.to(self.device) for weight, _ in parts])
         scales = [scale.to(self.device) for _, scale in parts if scale is not None]
         return (Projection(weight, torch.cat(scales) if scales else None, self.kernel),)
+
+
+def _attention(t3: Any, precise: Precise) -> str:
+    """The backend of decode_attention for this T3's heads."""
+    return precise.attention if head_dim(t3.cfg) == ops.HEAD_DIM else "reference"
 
 
 def _narrow(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -173,6 +178,7 @@ def _layer(layer: Any, heads: int, make: _Own | _Copied) -> LayerWeights:
         down=make(mlp.down_proj.weight)[0],
         heads=heads,
         eps=norm.variance_epsilon,
+        attention=make.attention,
     )
 
 

@@ -19,9 +19,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <type_traits>
 #include <vector>
+
+#include "vectors.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CBF_HAS_AVX2_SOURCE 1
@@ -30,22 +31,9 @@
 #define CBF_HAS_AVX2_SOURCE 0
 #endif
 
-// One source, compiled for several instruction sets; the loader takes the best one there is.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define CBF_FOR_EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CBF_FOR_EVERY_CPU
-#endif
-// Must be compiled into the clone that calls it, not beside it.
-#define CBF_INLINE __attribute__((always_inline)) inline
-
 namespace chatterbox_fast {
 
 namespace {
-
-constexpr int kLanes = 8;
-using Floats = float __attribute__((vector_size(4 * kLanes)));
-using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
 
 constexpr int kAtOnce = 2;             // outputs
 constexpr int64_t kPrefetchRows = 4;   // how far ahead of the row in hand
@@ -53,22 +41,6 @@ constexpr int64_t kCacheLine = 64;     // bytes
 constexpr int64_t kGrain = 1 << 15;    // weights a task has at least
 constexpr float kMostSteps = 16383.f;  // of an x rounded for int8: 15 bits with the sign
 constexpr int64_t kRun = 1024;         // 1024 * 127 * 16383 < 2^31
-
-template <typename Vector>
-CBF_INLINE Vector load(const void* from) {
-  Vector vector;
-  std::memcpy(&vector, from, sizeof vector);
-  return vector;
-}
-
-CBF_INLINE float sum(Floats vector) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &vector, sizeof lanes);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
 
 template <typename T>
 CBF_INLINE void prefetch(const T* weight, int64_t inputs, int64_t k) {

@@ -1,0 +1,52 @@
+// Vectors of floats that every CPU has in some width, and a function compiled for several of them.
+//
+//   CBF_FOR_EVERY_CPU   before a function: one source, a clone for each instruction set; the loader
+//                       takes the best one there is
+//   CBF_INLINE          before what such a function calls, which must be compiled into the clone
+//   Floats, Words       8 lanes; all arithmetic is lane by lane
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
+#define CBF_FOR_EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define CBF_FOR_EVERY_CPU
+#endif
+#define CBF_INLINE __attribute__((always_inline)) inline
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored \
+    "-Wpsabi"  // of passing vectors by value, which inlining does away with
+#endif
+
+// Lanes of two vectors by number: those of the second come after those of the first.
+#ifdef __clang__
+#define CBF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define CBF_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ::chatterbox_fast::Words{__VA_ARGS__})
+#endif
+
+namespace chatterbox_fast {
+
+constexpr int kLanes = 8;
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
+
+template <typename Vector>
+CBF_INLINE Vector load(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+CBF_INLINE float sum(Floats vector) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &vector, sizeof lanes);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+}  // namespace chatterbox_fast

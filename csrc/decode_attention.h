@@ -1,0 +1,33 @@
+// What the CPU and the CUDA op of decode_attention share: the checks of its arguments.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace chatterbox_fast {
+
+constexpr int64_t kMostAttentionRows = 64;
+constexpr int64_t kHeadDim = 64;
+constexpr int64_t kMostSplits = 64;
+constexpr int kAttentionFailed = 2;  // reference.FAILED
+
+struct DecodeAttentionSizes {
+  int64_t rows;       // B
+  int64_t heads;      // H
+  int64_t capacity;   // C
+  int64_t positions;  // 1, shared by all rows, or B
+  int64_t watched;    // W
+};
+
+// Checks every argument against the schema's contract (chatterbox_fast/reference.py,
+// decode_attention); throws c10::Error with the argument's name.
+DecodeAttentionSizes check_decode_attention(
+    const at::Tensor& qkv, const at::Tensor& k_cache, const at::Tensor& v_cache,
+    const at::Tensor& position, const at::Tensor& flags, const std::optional<at::Tensor>& cos,
+    const std::optional<at::Tensor>& sin, const std::optional<at::Tensor>& watched,
+    const std::optional<at::Tensor>& probabilities, const std::optional<at::Tensor>& arrivals,
+    int64_t splits);
+
+}  // namespace chatterbox_fast
