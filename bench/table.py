@@ -98,24 +98,26 @@ def t3_decode_table(raw: dict[str, Any]) -> str:
     for variant, results in found.items():
         speeds = [1e6 / results[length]["median_us"] for length in lengths]
         first, stock = results[lengths[0]], found["stock"][lengths[0]]
-        kl = divergence.get(variant)
-        ops = first["dispatched"]
-        rows.append(
-            f"| {variant} | "
-            + " | ".join(f"{speed:.1f}" for speed in speeds)
-            + f" | {stock['median_us'] / first['median_us']:.2f}× | {'–' if ops is None else ops} | "
-            f"{first['share_of_read_bandwidth']:.0%} | {'–' if kl is None else f'{kl:.1e}'} |"
-        )
+        gain, kl = stock["median_us"] / first["median_us"], divergence.get(variant)
+        cells = [
+            variant,
+            *(f"{speed:.1f}" for speed in speeds),
+            f"{gain:.2f}×",
+            "–" if first["dispatched"] is None else str(first["dispatched"]),
+            f"{first['share_of_read_bandwidth']:.0%}",
+            "–" if kl is None else f"{kl:.1e}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     machine = raw["machine"]
     return "\n".join(
         [
             *rows,
             "",
-            f"Medians; against stock, ops and bandwidth at {lengths[0]} cached positions. KL: mean "
-            f"divergence from float32 stock in nats, teacher-forced, at an entropy of "
-            f"{divergence['entropy']:.1f}. {machine['device']}, {machine['threads']} threads, torch "
-            f"{machine['torch']}, weights: {raw['weights']}, {raw['when'][:10]}, commit "
-            f"{raw['commit']}.",
+            f"Medians; the ratio, ops and bandwidth at {lengths[0]} cached positions. KL: mean "
+            "divergence from float32 stock in nats, teacher-forced, at an entropy of "
+            f"{divergence['entropy']:.1f}. {machine['device']}, {machine['threads']} threads, "
+            f"torch {machine['torch']}, weights: {raw['weights']}, {raw['when'][:10]}, "
+            f"commit {raw['commit']}.",
             *(f"Does not run here: {name} ({why})." for name, why in raw["failures"].items()),
         ]
     )
