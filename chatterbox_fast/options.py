@@ -16,8 +16,8 @@ class Options:
     Attributes:
         precision: what T3 computes in (S3Gen has no engine yet). ``"exact"`` is the model's own
             dtype and gives stock's tokens for the same seed. ``"bf16"``, ``"fp16"`` and ``"int8"``
-            store the matrices in that and keep everything between them in float32: faster, less
-            memory, other tokens. ``"auto"`` is exact on a CPU, bf16 on a GPU that has it, else
+            store T3's matrices in that, and its KV cache in half precision: faster, less memory,
+            other tokens. ``"auto"`` is exact on a CPU, bf16 on a GPU that has it, else
             fp16. Where a device gains nothing from one, exact runs, and report() says why.
         backend: which implementation of each op to prefer; ``"auto"`` takes the fastest one that
             is there. `CHATTERBOX_FAST_BACKEND` overrides it.

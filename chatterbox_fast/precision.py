@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 
-from . import dispatch
+from . import dispatch, ops, reference
 from .options import Options
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -37,6 +38,8 @@ def choose_precision(options: Options, device: torch.device, own: torch.dtype) -
         own: the dtype of the model's weights.
     """
     choice = dispatch.choose("skinny_linear", device, options.backend, own)
+    if choice.backend != "reference" and (failed := _failed_self_test(choice.backend, device)):
+        choice = dispatch.Choice("reference", failed)
     kernel = "torch" if choice.backend == "reference" else choice.backend
     wanted, why = str(options.precision), "asked for"
     if wanted == "auto":
@@ -45,6 +48,29 @@ def choose_precision(options: Options, device: torch.device, own: torch.dtype) -
         wanted, why = "exact", reason
     attention = dispatch.choose("decode_attention", device, options.backend, own).backend
     return Precise(wanted, DTYPES.get(wanted, own), kernel, attention, why)
+
+
+@functools.cache
+def _failed_self_test(backend: str, device: torch.device) -> str | None:
+    """Whether skinny_linear computes what its reference does on this very machine; once a process.
+
+    A wheel may have been built for another GPU, or run on a CPU that nobody tried.
+    """
+    source = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 96, generator=source).to(device) for n in (2, 33))
+    scale = torch.full((33,), 0.01, device=device)
+    kernel = ops.skinny_linear_by(backend)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+        stored = (30 * weight).round().to(dtype) if dtype == torch.int8 else weight.to(dtype)
+        row_scale = scale if dtype == torch.int8 else None
+        expected = reference.skinny_linear(x, stored, row_scale)
+        try:
+            close = torch.allclose(kernel(x, stored, row_scale), expected, rtol=1e-3, atol=1e-3)
+        except RuntimeError as failure:
+            return f"skinny_linear raises: {str(failure).splitlines()[0]}"
+        if not close:
+            return f"skinny_linear is wrong on this machine with {dtype} weights"
+    return None
 
 
 def _auto(device: torch.device) -> tuple[str, str]:

@@ -77,7 +77,9 @@ class Site:
         replacement = Override(self.owner, self.attribute, bound(function, self.owner))
         if self.packing is None:
             return [replacement]
-        return [replacement, home_guard(self.owner), self.packing]
+        if why_unsupported(self.owner) is not None:  # its backbone may not even be transformers'
+            return [replacement, self.packing]
+        return [replacement, home_guard(self.owner, self.packing.engines), self.packing]
 
 
 @dataclass
@@ -229,16 +231,17 @@ def make_t3_inference(stock: Callable[..., Any], *, engines: Engines) -> Callabl
     return inference
 
 
-def home_guard(t3: Any) -> Override:
+def home_guard(t3: Any, engines: Engines) -> Override:
     """The backbone's forward, for all who call it, stock's loop among them.
 
-    The engine does not. It may keep the backbone's weights on the host: they come home first.
+    The engine does not. It may keep the backbone's weights on the host: they come home first, and
+    stay.
     """
     stock = type(t3.tfmr).forward
 
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        weights.bring_home(self)
+        engines.bring_home(self)
         return stock(self, *args, **kwargs)
 
     return Override(t3.tfmr, "forward", bound(forward, t3.tfmr))

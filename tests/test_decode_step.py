@@ -189,6 +189,8 @@ def test_bad_input_is_named_before_any_work(
 
 
 def test_parameters_that_are_no_numbers(tiny: Any, t3_cond: Any) -> None:
+    with pytest.raises(TypeError, match="max_new_tokens must be an int, got 2.9"):
+        tokens_of(tiny, t3_cond=t3_cond, text_tokens=TEXT, max_new_tokens=2.9)
     with pytest.raises(TypeError, match="temperature must be a number, got None"):
         tokens_of(tiny, t3_cond=t3_cond, text_tokens=TEXT, temperature=None)
 
@@ -212,6 +214,10 @@ def test_a_voice_that_does_not_fit(tiny: Any, t3_cond: Any) -> None:
         ({"speaker_emb": t3_cond.speaker_emb[:, :9]}, r"speaker_emb must be of 256 values"),
         ({"speaker_emb": None}, "speaker_emb must be a tensor for this model, got None"),
         ({"emotion_adv": None}, "emotion_adv must be a tensor for this model, got None"),
+        ({"emotion_adv": torch.ones(1).long()}, "emotion_adv must be torch.float32, got torch.int64"),
+        ({"speaker_emb": t3_cond.speaker_emb.half()}, "must be torch.float32, got torch.float16"),
+        ({"cond_prompt_speech_tokens": torch.ones(2, 5).long()}, r"must be \\(1, n\\), got"),
+        ({"cond_prompt_speech_tokens": torch.ones(1, 5)}, "must be of an integer dtype, got"),
         ({"emotion_adv": 0.5}, "emotion_adv must be a tensor for this model, got 0.5"),
         ({"emotion_adv": torch.ones(2)}, "emotion_adv must be of 1 values, got"),
         ({"speaker_emb": t3_cond.speaker_emb.to("meta")}, "must be on cpu as T3 is, got meta"),
@@ -265,6 +271,14 @@ def _spoil(change: str, t3: Any) -> Any:
         t3.tfmr.norm.__class__ = type("Norm", (type(t3.tfmr.norm),), {})
     elif change == "forward":
         layer.mlp.forward = lambda x: x
+    elif change == "fewer layers":
+        t3.cfg.num_hidden_layers = 1
+    elif change == "attention":
+        layer.self_attn.__class__ = type("Other", (type(layer.self_attn),), {})
+    elif change == "scaling":
+        layer.self_attn.scaling = 1.0
+    elif change == "act_fn":
+        layer.mlp.act_fn = torch.nn.GELU()
     elif change == "t3 subclass":
         t3.__class__ = type("T3", (type(t3),), {})
     return t3
@@ -285,6 +299,10 @@ def _spoil(change: str, t3: Any) -> Any:
         ("head subclass", "speech_head is a Adapter, not a Linear without bias"),
         ("norm subclass", "norm is a Norm, not transformers' LlamaRMSNorm"),
         ("forward", "the forward of a LlamaMLP is replaced"),
+        ("fewer layers", "2 layers, and num_hidden_layers is 1"),
+        ("attention", "layer 1's LlamaAttention is a Other"),
+        ("scaling", "layer 1's attention scales by 1.0, not 0.125"),
+        ("act_fn", "layer 1's act_fn is a GELU, not SiLU"),
         ("t3 subclass", "t3 is a T3, not Chatterbox's T3"),
     ],
 )

@@ -306,3 +306,44 @@ def test_progress_is_stocks_bar(english: Any, monkeypatch: pytest.MonkeyPatch) -
         with patched(english, progress=progress):
             english.generate(TEXT, seed=1)
     assert bars == [True, False]
+
+
+def test_a_backbone_that_was_replaced_is_left_alone(english: Any) -> None:
+    """Its forward by the user, or the module by torch.compile's."""
+    called = []
+    backbone = english.t3.tfmr
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        called.append(1)
+        return type(backbone).forward(backbone, *args, **kwargs)
+
+    backbone.forward = mine
+    try:
+        with patched(english):
+            assert "forward of a LlamaModel is replaced" in row(english, "t3.inference").why
+            assert backbone.forward is mine
+            english.generate(TEXT, seed=1)
+            assert called
+    finally:
+        del backbone.forward
+    english.t3.tfmr = torch.compile(backbone, backend="eager")
+    try:
+        with patched(english):
+            assert row(english, "t3.inference").runs == "stock"
+            english.generate(TEXT, seed=1)
+    finally:
+        english.t3.tfmr = backbone
+
+
+def test_the_guard_brings_weights_home_for_good(english: Any) -> None:
+    """Whoever calls the backbone itself finds its weights there, and keeps them."""
+    moved = []
+    with patched(english):
+        guard = vars(english.t3.tfmr)["forward"]
+        engines = english._chatterbox_fast.sites[1].packing.engines
+        assert engines._may_send(english.t3.tfmr)
+        guard(inputs_embeds=torch.zeros(1, 2, english.t3.dim))
+        assert not engines._may_send(english.t3.tfmr)
+        moved.append(engines)
+    assert "forward" not in vars(english.t3.tfmr)
+    assert not moved[0]._may_send(english.t3.tfmr), "nobody would bring them home after unpatch"

@@ -11,7 +11,7 @@ import torch
 from conftest import engine_of
 from safetensors.torch import save_model
 
-from chatterbox_fast import patch, patched, report, unpatch
+from chatterbox_fast import ops, patch, patched, precision, report, unpatch
 from chatterbox_fast.options import Options
 from chatterbox_fast.precision import choose_precision
 from chatterbox_fast.t3 import weights
@@ -61,9 +61,9 @@ def test_a_patched_model_can_be_saved_loaded_copied_and_trained(
         assert all(torch.equal(loaded[name], before[name]) for name in before)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("int8", torch.int8)])
-def test_narrow_weights_are_a_copy(tiny: Any, precision: str, dtype: torch.dtype) -> None:
-    packed = engine_of(tiny, precision=precision).weights
+@pytest.mark.parametrize(("narrow", "dtype"), [("bf16", torch.bfloat16), ("int8", torch.int8)])
+def test_narrow_weights_are_a_copy(tiny: Any, narrow: str, dtype: torch.dtype) -> None:
+    packed = engine_of(tiny, precision=narrow).weights
     ours, layer = packed.decode.layers[1], tiny.tfmr.layers[1]
     down = layer.mlp.down_proj.weight
     assert packed.prefill.layers[1].down.weight.data_ptr() == down.data_ptr()
@@ -73,7 +73,7 @@ def test_narrow_weights_are_a_copy(tiny: Any, precision: str, dtype: torch.dtype
     (gate_up,) = ours.gate_up
     (qkv,) = ours.qkv
     assert qkv.weight.shape == (3 * 1024, 1024)
-    if precision == "bf16":
+    if narrow == "bf16":
         assert torch.equal(gate_up.weight, fused.bfloat16())
         return
     assert gate_up.scale is not None
@@ -134,6 +134,22 @@ def test_a_patch_that_cannot_pack_leaves_the_model_alone(
         patch(english)
     assert report(english)[0].why == "not patched"
     assert "forward" not in vars(english.t3.tfmr)
+
+
+def test_a_kernel_that_fails_its_self_test_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ops.skinny_linear_by("extension")
+    for kernel, why in (
+        (lambda x, w, s: right(x, w, s) * 1.01, "wrong on this machine with torch.float32"),
+        (lambda x, w, s: right(x, w, None), "skinny_linear raises: chatterbox_fast::skinny_linear"),
+    ):
+        precision._failed_self_test.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "skinny_linear_by", lambda _, kernel=kernel: kernel)
+            chosen = choose_precision(Options(precision="int8"), CPU, torch.float32)
+        assert (chosen.precision, chosen.kernel) == ("exact", "torch")
+        assert why in chosen.why
+    precision._failed_self_test.cache_clear()
+    assert choose_precision(Options(precision="int8"), CPU, torch.float32).precision == "int8"
 
 
 def test_precisions_that_a_device_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:

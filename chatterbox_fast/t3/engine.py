@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakMethod, WeakSet
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..options import Options
+from ..overrides import is_ours
 from ..precision import choose_precision
 from . import weights as packing
 from .backbone import EAGER, compiled
 from .decode_step import decode_step
-from .graph import capture, why_no_graph
+from .graph import capture, graphs_wanted, settle, why_no_graph
 from .pool import Slot, SlotPool
 from .prefill import VoicePrefix, VoicePrefixes, check_conditioning, voice_prefix
 from .state import CAPACITIES, DecodeState
+from .support import why_unsupported
 
 
 class Engine:
@@ -45,7 +45,8 @@ class Engine:
         self.sampler = dispatch.choose("cfg_sample", self.device, options.backend, own).backend
         self.eager_because = why_no_graph(self.device, self.sampler)
         self.stop_token: int = t3.hp.stop_speech_token
-        self.slots = SlotPool(self._new_slot)
+        new_slot = WeakMethod(self._new_slot)  # no cycle: an engine's memory is freed with it
+        self.slots = SlotPool(lambda rows, capacity: new_slot()(rows, capacity))  # type: ignore[misc]
         self._voices = VoicePrefixes()
         self._rotary = t3.tfmr.rotary_emb
 
@@ -65,11 +66,14 @@ class Engine:
         Raises:
             ValueError: see `check_conditioning`.
         """
-        key = check_conditioning(t3, t3_cond)
-        weights = self.weights.prefill
-        return self._voices.get(
-            key, lambda: voice_prefix(t3, t3_cond, weights, self.rotary, self.layers)
-        )
+
+        def make() -> VoicePrefix:
+            weights = self.weights.prefill
+            prefix = voice_prefix(t3, t3_cond, weights, self.rotary, self.layers)
+            settle(self.device)
+            return prefix
+
+        return self._voices.get(check_conditioning(t3, t3_cond), make)
 
     def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         """cos and sin ``(positions, D)``, computed by stock's own rotary module."""
@@ -80,15 +84,18 @@ class Engine:
     def _rotary_table(self) -> tuple[Tensor, Tensor]:
         index = torch.arange(CAPACITIES[-1], device=self.device)[None]
         cos, sin = self._rotary(self.weights.decode.speech_emb, index)
+        settle(self.device)
         return cos[0], sin[0]
 
     def clear(self) -> None:
         """Lets buffers, graphs and voices go; what requests use now stays theirs."""
         self.slots.clear()
         self._voices.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _new_slot(self, rows: int, capacity: int) -> Slot:
-        weights = self.weights.decode
+        weights, layers = self.weights.decode, self.layers
         state = DecodeState.allocate(
             weights,
             self.rotary(capacity),
@@ -99,11 +106,17 @@ class Engine:
         )
 
         def eager(slots: int, generator: torch.Generator | None) -> None:
-            decode_step(weights, state, slots, generator, self.layers)
+            decode_step(weights, state, slots, generator, layers)
 
         if self.eager_because is not None:
             return Slot(state, eager)
-        replay = capture(lambda: eager(capacity, None), self.device)
+        try:
+            replay = capture(lambda: eager(capacity, None), self.device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as failure:
+            self.eager_because = f"the capture failed: {str(failure).splitlines()[0]}"
+            return Slot(state, eager)
         return Slot(state, lambda _slots, _generator: replay())
 
 
@@ -117,39 +130,62 @@ class Engines:
         self._options = options
         self._lock = Lock()
         self._of: WeakKeyDictionary[Any, tuple[Any, Engine]] = WeakKeyDictionary()
+        self._at_home: WeakSet[Any] = WeakSet()
 
     def of(self, t3: Any) -> Engine:
         """The engine of `t3`; a new one where its weights have changed since the last request."""
         with self._lock:
-            asked = dispatch.requested_backend(self._options.backend)
+            asked = dispatch.requested_backend(self._options.backend), graphs_wanted()
             known = self._of.get(t3)
             if known is not None and known[0] == (asked, packing.signature(t3)):
                 return known[1]
             self._of.pop(t3, None)
             engine = Engine(t3, self._options)
-            if engine.replaces_originals:
+            if engine.replaces_originals and self._may_send(t3.tfmr):
                 packing.send_to_host(t3.tfmr)
             self._of[t3] = ((asked, packing.signature(t3)), engine)
             return engine
 
+    def _may_send(self, tfmr: Any) -> bool:
+        """Whether a backbone's weights may wait on the host: somebody brings them home for others.
+
+        Once they were needed they stay, so that they never move under somebody's forward.
+        """
+        return tfmr not in self._at_home and is_ours(vars(tfmr).get("forward"))
+
+    def bring_home(self, tfmr: Any) -> None:
+        """Brings a backbone's weights to where its norms are, for good."""
+        with self._lock:
+            self._at_home.add(tfmr)
+            packing.bring_home(tfmr)
+
     def release(self, t3: Any) -> None:
         """Gives `t3` its own weights back, as they were before `of`."""
         with self._lock:
-            self._of.pop(t3, None)
-            packing.bring_home(t3.tfmr)
+            _, engine = self._of.pop(t3, (None, None))
+            if engine is not None:
+                engine.clear()
+                del engine
+            if why_unsupported(t3) is None:
+                packing.bring_home(t3.tfmr)
+            self._at_home.clear()
 
 
-@contextmanager
-def out_of_memory_is_clear(engine: Engine) -> Iterator[None]:
-    """Where memory runs out in here: the engine's caches are freed, and the message says so."""
-    try:
-        yield
-    except torch.OutOfMemoryError as failure:
-        engine.clear()
-        if engine.device.type == "cuda":
-            torch.cuda.empty_cache()
-        raise torch.OutOfMemoryError(
-            f"chatterbox_fast: T3 ran out of memory on {engine.device}. Its cached buffers, graphs "
-            "and voices are freed now, and the model is usable. Fewer requests at once, a shorter "
-            f"text or precision='bf16' need less. ({failure})"
-        ) from failure
+def is_out_of_memory(failure: BaseException) -> bool:
+    """Whether memory ran out: on a CPU torch says so in a RuntimeError."""
+    cpu = isinstance(failure, RuntimeError) and "can't allocate memory" in str(failure)
+    return cpu or isinstance(failure, torch.OutOfMemoryError)
+
+
+def out_of_memory(engine: Engine, said: str) -> torch.OutOfMemoryError:
+    """Frees what the engine keeps between requests; the error to raise, once the request is gone.
+
+    Args:
+        said: torch's own message. Not its exception, which keeps the request's buffers alive.
+    """
+    engine.clear()
+    return torch.OutOfMemoryError(
+        f"chatterbox_fast: T3 ran out of memory on {engine.device}. Its cached buffers, graphs and "
+        "voices are freed now, and the model is usable. Fewer requests at once, a shorter text or "
+        f"precision='bf16' need less. ({said})"
+    )

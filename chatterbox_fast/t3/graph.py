@@ -11,6 +11,17 @@ import torch
 _capturing = Lock()
 
 
+def graphs_wanted() -> bool:
+    """Whether CHATTERBOX_FAST_GRAPHS leaves graphs on."""
+    return os.environ.get("CHATTERBOX_FAST_GRAPHS") != "0"
+
+
+def settle(device: torch.device) -> None:
+    """Waits until what was enqueued is there for other streams too; for things made rarely."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def why_no_graph(device: torch.device, sampler: str) -> str | None:
     """The reason why a step on `device` runs eagerly, or None where it is captured.
 
@@ -19,7 +30,7 @@ def why_no_graph(device: torch.device, sampler: str) -> str | None:
     """
     if device.type != "cuda":
         return "graphs are a GPU's"
-    if os.environ.get("CHATTERBOX_FAST_GRAPHS") == "0":
+    if not graphs_wanted():
         return "CHATTERBOX_FAST_GRAPHS=0"
     if sampler == "reference":
         return "the reference draws from a generator, whose state a graph would freeze"
@@ -29,8 +40,9 @@ def why_no_graph(device: torch.device, sampler: str) -> str | None:
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Captures `step`, which must neither read a value on the host nor change what it allocates.
 
-    It runs twice before: kernels are loaded, libraries get their workspaces. Other threads may go
-    on with their own work meanwhile.
+    It runs twice before: kernels are loaded, libraries get their workspaces. Other threads may
+    launch and allocate meanwhile. Torch may refuse them a draw from its global CUDA generator
+    while the capture lasts; requests with a seed have their own.
 
     Returns:
         a function that replays it on the current stream.

@@ -9,12 +9,14 @@ from threading import Lock, Semaphore
 
 import torch
 
+from .graph import settle
 from .state import DecodeState, capacity_for
 
 AT_ONCE = 8
 """Requests of one model that decode at the same time; the next one waits."""
-KEPT = 2
-"""Idle buffers of one model that are kept for the next request."""
+KEPT_BYTES = 2**30
+"""Idle KV caches of one model that are kept for the next request: one of each size up to 1024
+positions in float32, two in half precision."""
 
 Step = Callable[[int, "torch.Generator | None"], None]
 """(slots attention looks at, generator) -> runs one decode step on its own state."""
@@ -41,6 +43,7 @@ class Lease:
             return
         larger = self._pool.take(self.slot.state.rows, positions + 1)
         larger.state.continue_from(self.slot.state, positions)
+        settle(larger.state.position.device)  # before somebody else gets the small one
         self._pool.give_back(self.slot)
         self.slot = larger
 
@@ -48,7 +51,7 @@ class Lease:
 class SlotPool:
     """Slots of one engine.
 
-    Bounded twice: `AT_ONCE` requests at a time, however often they grow, and `KEPT` idle slots.
+    Bounded twice: `AT_ONCE` requests at a time, however often they grow, and `KEPT_BYTES` idle.
     """
 
     def __init__(self, make: Callable[[int, int], Slot]) -> None:
@@ -84,7 +87,8 @@ class SlotPool:
         """Keeps `slot` for the next request; the one idle for longest goes."""
         with self._lock:
             self._idle.append(slot)
-            del self._idle[:-KEPT]
+            while len(self._idle) > 1 and sum(s.state.bytes for s in self._idle) > KEPT_BYTES:
+                del self._idle[0]
 
     def clear(self) -> None:
         """Lets all idle slots go."""

@@ -89,6 +89,10 @@ def check_conditioning(t3: Any, t3_cond: Any) -> bytes:
         _must(value.device == t3.device, name, f"on {t3.device} as T3 is", value.device)
         host = value.detach().cpu().flatten()
         _must(bool(host.isfinite().all()), name, "finite", "NaN or infinite values")
+        own = t3.speech_emb.weight.dtype
+        whole = name == "cond_prompt_speech_tokens"
+        fits = not host.is_floating_point() if whole else host.dtype == own
+        _must(fits, name, "of an integer dtype" if whole else f"{own}", host.dtype)
         digest.update(f"{name} {host.dtype} {tuple(value.shape)}".encode())
         digest.update(host.view(torch.uint8).numpy().tobytes())
     _check_prompt(t3, getattr(t3_cond, "cond_prompt_speech_tokens", None))
@@ -99,6 +103,7 @@ def _check_prompt(t3: Any, tokens: Tensor | None) -> None:
     if tokens is None or not tokens.numel():
         return
     name, vocabulary = "cond_prompt_speech_tokens", t3.speech_emb.num_embeddings
+    _must(tokens.dim() == 2 and len(tokens) == 1, name, "(1, n)", tuple(tokens.shape))
     known = int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary
     _must(known, name, f"in [0, {vocabulary})", f"{int(tokens.min())} to {int(tokens.max())}")
     most = t3.speech_pos_emb.emb.num_embeddings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..ops import SamplingParams
 from ..request import current_request
 from ..rng import PhiloxStream
 from .decode_step import draw_token
-from .engine import Engine, out_of_memory_is_clear
+from .engine import Engine, is_out_of_memory, out_of_memory
 from .pool import Lease
 from .prefill import VoicePrefix, prefill, text_embeds
 from .state import CAPACITIES, DecodeState
@@ -76,18 +76,34 @@ def inference(
     text = check_text(t3, text_tokens)
     limit = check_max_new_tokens(t3, max_new_tokens)
     initial = check_initial_speech_tokens(t3, initial_speech_tokens)
-    with out_of_memory_is_clear(engine):
+    try:
         voice = engine.voice(t3, t3_cond)
         embeds = text_embeds(t3, text, initial, cfg_weight)
-        start = voice.length + embeds.shape[1]
-        check_length(start, limit)
-        with engine.slots.lease(len(embeds), start + 1) as lease:
-            state = lease.slot.state
-            state.reset(sampling, t3.hp.start_speech_token)
-            return _speak(engine, lease, voice, embeds, limit, generator)
+        check_length(voice.length + embeds.shape[1], limit)
+        return _speak(engine, voice, embeds, sampling, t3.hp.start_speech_token, limit, generator)
+    except RuntimeError as failure:
+        if not is_out_of_memory(failure):
+            raise
+        said = str(failure)
+    raise out_of_memory(engine, said)
 
 
 def _speak(
+    engine: Engine,
+    voice: VoicePrefix,
+    embeds: Tensor,
+    sampling: SamplingParams,
+    start_token: int,
+    limit: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    start = voice.length + embeds.shape[1]
+    with engine.slots.lease(len(embeds), start + 1) as lease:
+        lease.slot.state.reset(sampling, start_token)
+        return _decode_all(engine, lease, voice, embeds, limit, generator)
+
+
+def _decode_all(
     engine: Engine,
     lease: Lease,
     voice: VoicePrefix,
@@ -159,9 +175,10 @@ class FlagPoll:
             return _stopped(int(flags), f"token {drawn}")
         if drawn % POLL_EVERY:
             return False
-        copy, copied = torch.empty(1, dtype=torch.int32, pin_memory=True), torch.cuda.Event()
+        copy = torch.empty(1, dtype=torch.int32, device="cpu", pin_memory=True)
         copy.copy_(flags, non_blocking=True)
-        copied.record()
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(flags.device))
         self._copies.append((copy, copied))
         if len(self._copies) < 2:
             return False
@@ -256,11 +273,13 @@ def check_max_new_tokens(t3: Any, max_new_tokens: int | None) -> int:
     """The token limit of a request.
 
     Raises:
-        ValueError: not in [1, the model's speech positions).
+        TypeError: not an int. ValueError: not in [1, the model's speech positions).
     """
     most = t3.speech_pos_emb.emb.num_embeddings - 1
     if max_new_tokens is None:
         return min(int(t3.hp.max_speech_tokens), most)
+    if not isinstance(max_new_tokens, SupportsIndex):
+        raise TypeError(f"chatterbox_fast: max_new_tokens must be an int, got {max_new_tokens!r}")
     if not 1 <= max_new_tokens <= most:
         raise ValueError(
             f"chatterbox_fast: max_new_tokens must be in [1, {most}], got {max_new_tokens}"

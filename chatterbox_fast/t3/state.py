@@ -115,6 +115,11 @@ class DecodeState:
         """C."""
         return self.k_cache.shape[3]
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the cache, which is nearly all."""
+        return self.k_cache.nbytes + self.v_cache.nbytes
+
     def continue_from(self, other: DecodeState, positions: int) -> None:
         """Takes over the request of `other`, which has `positions` cache slots in use."""
         for mine, theirs in ((self.k_cache, other.k_cache), (self.v_cache, other.v_cache)):

@@ -105,7 +105,11 @@ def _why_not_config(t3: Any) -> str | None:
 def _why_not_layers(t3: Any) -> str | None:
     linears = {"speech_head": t3.speech_head}
     norms = {"norm": t3.tfmr.norm}
+    if len(t3.tfmr.layers) != t3.cfg.num_hidden_layers:
+        return f"{len(t3.tfmr.layers)} layers, and num_hidden_layers is {t3.cfg.num_hidden_layers}"
     for number, layer in enumerate(t3.tfmr.layers):
+        if (reason := _why_not_layer(layer, head_dim(t3.cfg))) is not None:
+            return f"layer {number}'s {reason}"
         for part, names in PROJECTIONS.items():
             for name in names:
                 linears[f"layer {number}'s {name}"] = getattr(getattr(layer, part), name)
@@ -120,6 +124,18 @@ def _why_not_layers(t3: Any) -> str | None:
     for name, table in (("speech_emb", t3.speech_emb), ("speech_pos_emb", t3.speech_pos_emb.emb)):
         if type(table) is not nn.Embedding:
             return f"{name} is a {type(table).__qualname__}, not an Embedding"
+    return None
+
+
+def _why_not_layer(layer: Any, width: int) -> str | None:
+    parts = {"LlamaDecoderLayer": layer, "LlamaAttention": layer.self_attn, "LlamaMLP": layer.mlp}
+    for name, part in parts.items():
+        if not _is(part, name, "transformers."):
+            return f"{name} is a {type(part).__qualname__}"
+    if layer.self_attn.scaling != width**-0.5:
+        return f"attention scales by {layer.self_attn.scaling}, not {width**-0.5}"
+    if type(layer.mlp.act_fn).__qualname__ not in ("SiLU", "SiLUActivation"):
+        return f"act_fn is a {type(layer.mlp.act_fn).__qualname__}, not SiLU"
     return None
 
 
