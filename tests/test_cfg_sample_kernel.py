@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,12 @@ import pytest
 import torch
 from host_cuda import build
 from test_cfg_sample import STOP, VOCABULARY, random_case, rows_of_every_flag
-from toolkit import cuda_toolkit
+from toolkit import ARCHS, compile_kernels
 from torch import Tensor
 
 from chatterbox_fast import reference
 from chatterbox_fast.ops import SamplingParams
 
-ROOT = Path(__file__).resolve().parent.parent
 DRIVER = build.HERE / "cfg_sample.cpp"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 CPU = torch.device("cpu")
@@ -212,7 +209,6 @@ def test_thread_sanitizer(p: Any, turbo: bool) -> None:
 
 # ---- nvcc
 
-ARCHS = ("75", "80", "89", "90", "120")
 SOURCE = """
 #include "kernels/cfg_sample.cuh"
 using namespace chatterbox_fast;
@@ -226,28 +222,14 @@ template rt::Error chatterbox_fast::launch_cfg_sample(const CfgSampleArgs<rt::bf
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
     """Registers, spills (of the variant for stock's vocabularies) and shared memory are bounded."""
-    source = tmp_path / "cfg_sample.cu"
-    source.write_text(SOURCE)
-    done = subprocess.run(
-        [cuda_toolkit() / "bin" / "nvcc", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-O3",
-         "--fmad=false", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}",
-         f"--keep-dir={tmp_path}", "--keep", str(source), "-o", str(tmp_path / "out.cubin")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    ptx = (tmp_path / "cfg_sample.ptx").read_text()
+    entries = compile_kernels(SOURCE, arch, tmp_path)
+    assert len(entries) == 6
+    ptx = (tmp_path / "kernels.ptx").read_text()
     assert "atom.shared.add.u32" in ptx, "top-k's counts: adds of 64 bits spin in shared memory"
     if arch not in ("89", "90"):
         return
-    facts = re.findall(
-        r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-        r".*?(\d+) bytes smem",
-        done.stderr,
-        re.DOTALL,
-    )
-    assert len(facts) == 6
-    for name, spilled, registers, shared in facts:
-        assert int(registers) <= 128, "512 threads share 65536 registers"
-        assert 0 <= int(shared) - 8 * (32 + 256 + 2) <= 16, "the three arrays, and alignment"
-        if "Li17E" in name:
-            assert int(spilled) <= 128, "rank keys that the compiler keeps across radix passes"
+    for entry in entries:
+        assert entry.registers <= 128, "512 threads share 65536 registers"
+        assert 0 <= entry.shared - 8 * (32 + 256 + 2) <= 16, "the three arrays, and alignment"
+        if "Li17E" in entry.name:
+            assert entry.spilled <= 128, "rank keys that the compiler keeps across radix passes"

@@ -300,6 +300,7 @@ def test_a_failure_after_the_stop_token_does_not_matter(
     t3_cond: Any, late: Callable[[int], Stream]
 ) -> None:
     t3 = random_t3("english", "tiny", stop_after=9)
+    t3_cond.cond_prompt_speech_tokens = None  # the prompt has speech positions too
     settings = {"t3_cond": t3_cond, "text_tokens": TEXT, "max_new_tokens": 30}
     late(6)
     expected = tokens_of(t3, **settings)

@@ -14,6 +14,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from host_cuda import build
 from host_cuda.build import Order, Outcome, Variant
 
@@ -111,11 +112,14 @@ def test_a_launch_that_a_gpu_would_refuse_is_an_error(rows: int, width: int, err
 
 @in_every_order
 def test_every_wrapper_does_what_cuda_documents(order: Order, seed: int) -> None:
-    results = np.zeros((64, 20), np.uint64)
+    results = np.zeros((64, 22), np.uint64)
     counters, signed = np.zeros(2, np.uint32), np.zeros(1, np.int32)
     wide, bits = np.zeros(1, np.uint64), np.arange(65536, dtype=np.uint16)
     from_half, from_brain = np.zeros(65536, np.float32), np.zeros(65536, np.float32)
+    floats = floats_to_round()
+    halves, brains = np.zeros(floats.size, np.float16), np.zeros(floats.size, np.uint16)
     arrays = [results, counters, signed, wide, bits, from_half, from_brain]
+    arrays += [floats, halves, brains, same := np.zeros_like(floats)]
     assert build.run(build.HERE / "wrappers.cpp", arrays, "plain", order, seed) == Outcome()
 
     for thread in range(64):
@@ -125,6 +129,29 @@ def test_every_wrapper_does_what_cuda_documents(order: Order, seed: int) -> None
     assert wide == 64 * 2**40 + sum(range(64))
     np.testing.assert_array_equal(from_half, bits.view(np.float16).astype(np.float32))
     np.testing.assert_array_equal(from_brain.view(np.uint32), bits.astype(np.uint32) << 16)
+    with np.errstate(over="ignore"):
+        expected = floats.astype(np.float16)
+    np.testing.assert_array_equal(halves, expected)
+    assert (np.signbit(halves) == np.signbit(expected))[~np.isnan(floats)].all()
+    back = torch.from_numpy(brains.view(np.int16)).view(torch.bfloat16)
+    torch.testing.assert_close(
+        back, torch.from_numpy(floats).bfloat16(), rtol=0, atol=0, equal_nan=True
+    )
+    np.testing.assert_array_equal(same, floats)
+
+
+def floats_to_round() -> np.ndarray:
+    """Every half, the middle between neighbours, and what is next to it on both sides; of bfloat16
+    a sample of the same."""
+    words = np.arange(65536, dtype=np.uint16)
+    halves = words.view(np.float16).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        middles = (halves + (words + np.uint16(1)).view(np.float16).astype(np.float32)) / 2
+    brains = words.astype(np.uint32) << 16 | 0x8000
+    around = [np.nextafter(middles, np.float32(sign * np.inf)) for sign in (-1, 1)]
+    near = np.concatenate([middles, *around])
+    sampled = np.concatenate([brains + off for off in (np.uint32(0), 1, -1)])[::3]
+    return np.concatenate([near, sampled.astype(np.uint32).view(np.float32)])
 
 
 def expected_of(thread: int) -> list[int]:
@@ -145,7 +172,8 @@ def expected_of(thread: int) -> list[int]:
     ]  # fmt: skip
     return [
         1, 0, sum(1 << i for i in votes), sum(1 << i for i in votes if i in half_warp),
-        *shuffled, sum(range(64)), *arithmetic, 64, 1, 0, float_bits(x),
+        *shuffled, sum(range(64)), *arithmetic, 64, 1, 0, float_bits(x), float_bits(thread - 32),
+        float_bits(-(2.0**-46)),
     ]  # fmt: skip
 
 

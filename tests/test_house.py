@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from chatterbox_fast import dispatch, ops, reference
 
@@ -23,7 +24,7 @@ PLACES = (
 
 
 def test_there_are_schemas() -> None:
-    assert SCHEMAS == ["cfg_sample"]
+    assert SCHEMAS == ["cfg_sample", "skinny_linear"]
 
 
 @pytest.mark.parametrize("op", SCHEMAS)
@@ -35,9 +36,23 @@ def test_every_op_is_everywhere(op: str) -> None:
         assert getattr(module, op).__doc__
 
 
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_every_op_is_registered(op: str) -> None:
+    """For the CPU in the extension, for CUDA in its source, which is not built everywhere."""
+    if dispatch.extension_has(op):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"chatterbox_fast::{op}", "CPU")
+    for key, path in (("CPU", f"csrc/cpu/{op}.cpp"), ("CUDA", f"csrc/cuda/{op}.cu")):
+        _, _, registered = (
+            (ROOT / path)
+            .read_text()
+            .partition(f"TORCH_LIBRARY_IMPL(chatterbox_fast, {key}, library)")
+        )
+        assert f'library.impl("{op}", &chatterbox_fast::{op});' in registered
+
+
 @pytest.mark.parametrize("folder", ["csrc/kernels", "csrc/cuda", "csrc/cpu", "triton_kernels"])
 def test_no_file_is_of_an_unknown_op(folder: str) -> None:
-    shared = {"runtime", "common", "torch_random", "build_info", "__init__"}
+    shared = {"runtime", "common", "torch_random", "build_info", "checks", "__init__"}
     stems = {path.stem for path in (ROOT / folder).iterdir() if path.is_file()}
     assert stems - shared <= set(SCHEMAS)
 

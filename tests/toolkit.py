@@ -1,15 +1,29 @@
-"""setup.py as tests use it, and the CUDA toolkit that it finds."""
+"""setup.py as tests use it, the CUDA toolkit that it finds, and what that makes of a kernel."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+ARCHS = ("75", "80", "89", "90", "120")
+"""What kernels are compiled for in tests."""
+
+
+class Entry(NamedTuple):
+    """A compiled kernel as ptxas reports it."""
+
+    name: str
+    registers: int
+    spilled: int
+    shared: int
 
 
 def load_setup() -> ModuleType:
@@ -30,3 +44,31 @@ def cuda_toolkit() -> Path:
     except setup.CudaUnavailable as reason:
         pytest.skip(str(reason))
     return home
+
+
+def compile_kernels(instances: str, arch: str, folder: Path) -> list[Entry]:
+    """Compiles a file of template instances as setup.py would; any warning fails the test.
+
+    The PTX is left in `folder`, as kernels.ptx.
+    """
+    source = folder / "kernels.cu"
+    source.write_text(instances)
+    done = subprocess.run(
+        [cuda_toolkit() / "bin" / "nvcc", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-O3",
+         "--fmad=false", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}",
+         "--keep", "--keep-dir", str(folder), str(source), "-o", str(folder / "kernels.cubin")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    reports = done.stderr.split("Compiling entry function '")[1:]
+    return [_entry(report) for report in reports]
+
+
+def _entry(report: str) -> Entry:
+    def number(pattern: str) -> int:
+        found = re.search(pattern, report)
+        return int(found.group(1)) if found else 0
+
+    name = report.partition("'")[0]
+    registers, spilled = number(r"Used (\d+) registers"), number(r"(\d+) bytes spill stores")
+    return Entry(name, registers, spilled, number(r"(\d+) bytes smem"))

@@ -30,6 +30,8 @@ Expected bound: latency. A row is at most 256 KiB in one program: about five red
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +39,9 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from .. import reference
+from . import checks
 
+_must = functools.partial(checks.must, "cfg_sample")
 _MAX_ROWS, _MAX_VOCABULARY = 64, 65536
 _LOGITS = (torch.float32, torch.float16, torch.bfloat16)
 LAUNCH = {"num_warps": 32, "enable_fp_fusion": False}
@@ -272,8 +276,3 @@ def _check(
     _must(tensor.dtype == dtype, name, str(dtype), tensor.dtype)
     _must(tensor.device == device, name, f"on {device} as seen is", tensor.device)
     _must(tensor.is_contiguous(), name, "contiguous", f"strides {tensor.stride()}")
-
-
-def _must(condition: bool, argument: str, must: str, got: object) -> None:
-    if not condition:
-        raise RuntimeError(f"chatterbox_fast::cfg_sample: {argument} must be {must}, got {got}")

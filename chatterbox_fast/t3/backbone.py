@@ -90,8 +90,13 @@ def _after_attention(layer: LayerWeights, x: Tensor, out: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Llama's RMSNorm: one kernel on a GPU, where transformers launches six."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+    """Llama's RMSNorm: one kernel on a GPU, where transformers launches six.
+
+    On a CPU torch composes it from more and slower operations than it takes.
+    """
+    if x.is_cuda:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def last_logits(weights: T3Weights, hidden: Tensor) -> Tensor:

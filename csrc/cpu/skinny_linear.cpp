@@ -7,7 +7,8 @@
 // - float: as it is. Other types of weight without a path of their own are widened row by row;
 // - bfloat16: two to a 32-bit word, taken apart with a shift and a mask into even and odd ones;
 // - int8: x is rounded to 15 bits with one scale a row, and products are summed as integers, in
-//   runs short enough for 32 bits; the error is below that of rounding x to bfloat16.
+//   runs short enough for 32 bits; the error is below that of rounding x to bfloat16. With AVX2,
+//   two neighbours share a 16-bit lane and come apart with shifts, as bfloat16 does.
 // Sums are float (int8: exact within a run). The result does not depend on the number of threads.
 #include "skinny_linear.h"
 
@@ -18,9 +19,17 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define CBF_HAS_AVX2_SOURCE 1
+#include <immintrin.h>
+#else
+#define CBF_HAS_AVX2_SOURCE 0
+#endif
 
 namespace chatterbox_fast {
 
@@ -118,6 +127,78 @@ CBF_INLINE void dot(const int16_t* x, const int8_t* weight, int64_t inputs,
   }
 }
 
+// An x of whole steps, of every 32 the even ones first.
+struct PairedStep {
+  int16_t value;
+};
+
+#if CBF_HAS_AVX2_SOURCE
+#define CBF_AVX2 __attribute__((target("avx2")))
+
+constexpr int64_t kBytesAtOnce = 32;
+
+CBF_AVX2 inline int32_t sum_of_lanes(__m256i lanes) {
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+
+// sums += the products of 32 inputs. Neighbouring weights share a lane; shifts take them apart.
+template <int kRows, int kOut>
+CBF_AVX2 inline void add_products(const PairedStep* x, const int8_t* weight, int64_t inputs,
+                                  __m256i (&sums)[kRows][kOut]) {
+  __m256i even[kOut], odd[kOut];
+  for (int r = 0; r < kOut; ++r) {
+    prefetch(weight + r * inputs, inputs, 0);
+    const auto pairs = load<__m256i>(weight + r * inputs);
+    even[r] = _mm256_srai_epi16(_mm256_slli_epi16(pairs, 8), 8);
+    odd[r] = _mm256_srai_epi16(pairs, 8);
+  }
+  for (int m = 0; m < kRows; ++m) {
+    const auto own_even = load<__m256i>(x + m * inputs);
+    const auto own_odd = load<__m256i>(x + m * inputs + kBytesAtOnce / 2);
+    for (int r = 0; r < kOut; ++r) {
+      sums[m][r] = _mm256_add_epi32(sums[m][r], _mm256_madd_epi16(own_even, even[r]));
+      sums[m][r] = _mm256_add_epi32(sums[m][r], _mm256_madd_epi16(own_odd, odd[r]));
+    }
+  }
+}
+
+template <int kRows, int kOut>
+CBF_AVX2 __attribute__((noinline)) void dot(const PairedStep* x, const int8_t* weight,
+                                            int64_t inputs, float (&y)[kRows][kOut]) {
+  for (int i = 0; i < kRows * kOut; ++i) y[i / kOut][i % kOut] = 0.0f;
+  const int64_t whole = inputs / kBytesAtOnce * kBytesAtOnce;
+  for (int64_t start = 0; start < whole; start += kRun) {
+    const int64_t end = std::min(whole, start + kRun);
+    __m256i sums[kRows][kOut];
+    for (int i = 0; i < kRows * kOut; ++i) sums[i / kOut][i % kOut] = _mm256_setzero_si256();
+    for (int64_t k = start; k < end; k += kBytesAtOnce)
+      add_products(x + k, weight + k, inputs, sums);
+    for (int i = 0; i < kRows * kOut; ++i) {
+      y[i / kOut][i % kOut] += static_cast<float>(sum_of_lanes(sums[i / kOut][i % kOut]));
+    }
+  }
+  for (int64_t k = whole; k < inputs; ++k) {
+    for (int i = 0; i < kRows * kOut; ++i) {
+      const int m = i / kOut, r = i % kOut;
+      y[m][r] +=
+          static_cast<float>(int32_t{weight[r * inputs + k]} * int32_t{x[m * inputs + k].value});
+    }
+  }
+}
+
+bool has_avx2() {
+  static const bool has = __builtin_cpu_supports("avx2");
+  return has;
+}
+#else
+template <int kRows, int kOut>
+void dot(const PairedStep*, const int8_t*, int64_t, float (&)[kRows][kOut]) {}
+
+bool has_avx2() { return false; }
+#endif
+
 // What a task reads and writes. `x` is in the order that dot() takes for this type of weight.
 template <typename X, typename W>
 struct Job {
@@ -171,6 +252,10 @@ CBF_FOR_EVERY_CPU void compute(const Job<int16_t, int8_t>& job, int64_t rows, in
   some_outputs(job, rows, begin, end);
 }
 
+void compute(const Job<PairedStep, int8_t>& job, int64_t rows, int64_t begin, int64_t end) {
+  some_outputs(job, rows, begin, end);
+}
+
 template <typename X, typename W>
 void compute_in_parallel(const Job<X, W>& job, int64_t rows) {
   const int64_t grain = std::max<int64_t>(kAtOnce, kGrain / std::max<int64_t>(job.inputs, 1));
@@ -181,17 +266,18 @@ void compute_in_parallel(const Job<X, W>& job, int64_t rows) {
   });
 }
 
-// x with the even ones of every 16 first; what is over stays in its order.
-void take_apart(const float* x, int64_t rows, int64_t inputs, float* apart) {
-  const int64_t whole = inputs / (2 * kLanes) * (2 * kLanes);
+// x with the even ones of every kGroup first; what is over stays in its order.
+template <int kGroup, typename From, typename To>
+void take_apart(const From* x, int64_t rows, int64_t inputs, To* apart) {
+  const int64_t whole = inputs / kGroup * kGroup;
   for (int64_t m = 0; m < rows; ++m, x += inputs, apart += inputs) {
-    for (int64_t k = 0; k < whole; k += 2 * kLanes) {
-      for (int i = 0; i < kLanes; ++i) {
-        apart[k + i] = x[k + 2 * i];
-        apart[k + kLanes + i] = x[k + 2 * i + 1];
+    for (int64_t k = 0; k < whole; k += kGroup) {
+      for (int i = 0; i < kGroup / 2; ++i) {
+        apart[k + i] = To{x[k + 2 * i]};
+        apart[k + kGroup / 2 + i] = To{x[k + 2 * i + 1]};
       }
     }
-    std::copy(x + whole, x + inputs, apart + whole);
+    for (int64_t k = whole; k < inputs; ++k) apart[k] = To{x[k]};
   }
 }
 
@@ -230,7 +316,7 @@ void by_float(const at::Tensor& x, const at::Tensor& weight, const SkinnyLinearS
 void by_bfloat16(const at::Tensor& x, const at::Tensor& weight, const SkinnyLinearSizes& sizes,
                  float* y) {
   std::vector<float> apart(sizes.rows * sizes.inputs);
-  take_apart(x.const_data_ptr<float>(), sizes.rows, sizes.inputs, apart.data());
+  take_apart<2 * kLanes>(x.const_data_ptr<float>(), sizes.rows, sizes.inputs, apart.data());
   const Job<float, at::BFloat16> job = {
       apart.data(), weight.const_data_ptr<at::BFloat16>(), nullptr, nullptr, y, sizes.inputs,
       sizes.outputs};
@@ -242,14 +328,21 @@ void by_int8(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& sc
   std::vector<int16_t> steps(sizes.rows * sizes.inputs);
   std::vector<float> step(sizes.rows);
   round_to_steps(x.const_data_ptr<float>(), sizes.rows, sizes.inputs, steps.data(), step.data());
-  const Job<int16_t, int8_t> job = {steps.data(),
-                                    weight.const_data_ptr<int8_t>(),
-                                    step.data(),
-                                    scale.const_data_ptr<float>(),
-                                    y,
-                                    sizes.inputs,
-                                    sizes.outputs};
-  compute_in_parallel(job, sizes.rows);
+  const auto run = [&](const auto* ordered) {
+    using X = std::decay_t<decltype(*ordered)>;
+    const Job<X, int8_t> job = {ordered,
+                                weight.const_data_ptr<int8_t>(),
+                                step.data(),
+                                scale.const_data_ptr<float>(),
+                                y,
+                                sizes.inputs,
+                                sizes.outputs};
+    compute_in_parallel(job, sizes.rows);
+  };
+  if (!has_avx2()) return run(steps.data());
+  std::vector<PairedStep> paired(steps.size());
+  take_apart<32>(steps.data(), sizes.rows, sizes.inputs, paired.data());
+  run(paired.data());
 }
 
 at::Tensor skinny_linear(const at::Tensor& x, const at::Tensor& weight,

@@ -21,6 +21,7 @@
 // is latency: about a dozen barriers.
 #pragma once
 
+#include "common.cuh"
 #include "runtime.h"
 #include "torch_random.cuh"
 
@@ -31,7 +32,6 @@ constexpr int kCfgSampleFailed = 2;
 constexpr int kCfgSampleSuppress = 1;
 constexpr int kCfgSampleForce = 2;
 constexpr float kCfgSampleRuledOut = 32768.0f;
-constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kRadixBins = 256;
 
 template <typename T>

@@ -5,6 +5,9 @@
 //   block(key, counter) -> 4 x uint32, a pure function: no state, no order, any thread.
 //   Equal to curand's Philox_4x32_10 with key = seed (low word first) and
 //   counter = {offset low, offset high, subsequence low, subsequence high}.
+//
+// Pack<T, n>: n neighbours in memory, n a power of two; load_pack reads them 16 bytes at a time.
+// The address must be a multiple of alignof(Pack<T, n>), at most kPackBytes.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +19,19 @@
 #endif
 
 namespace chatterbox_fast {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kPackBytes = 16;  // what one load instruction reads at most
+
+template <typename T, int n>
+struct alignas(n * sizeof(T) < kPackBytes ? n * sizeof(T) : kPackBytes) Pack {
+  T items[n];
+};
+
+template <int n, typename T>
+CBF_HOST_DEVICE Pack<T, n> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, n>*>(from);
+}
 
 struct Uint4 {
   uint32_t x, y, z, w;

@@ -5,7 +5,8 @@
 //   RT_GLOBAL, RT_DEVICE, RT_HOST_DEVICE, RT_LAUNCH_BOUNDS(threads)
 //   RT_SHARED(T, name, count)   a static shared array
 //   RT_DYN_SHARED(T, name)      the launch's dynamic shared memory, as T*
-//   rt::bfloat16, rt::half      storage only: rt::to_float, then compute in float
+//   rt::bfloat16, rt::half      storage only: rt::to_float, compute in float, rt::from_float<T>,
+//                               which rounds to nearest, of ties to even
 //   rt::launch(kernel, grid, block, dynamic_shared_bytes, stream, arguments...) -> rt::Error
 //
 // By CUDA's own names: threadIdx.x, blockIdx.x, blockDim.x, gridDim.x (one dimension only),
@@ -20,6 +21,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 
 #define RT_GLOBAL __global__
 #define RT_DEVICE __device__ __forceinline__
@@ -41,6 +43,22 @@ using Error = cudaError_t;
 RT_DEVICE float to_float(float x) { return x; }
 RT_DEVICE float to_float(bfloat16 x) { return __bfloat162float(x); }
 RT_DEVICE float to_float(half x) { return __half2float(x); }
+RT_DEVICE float to_float(int8_t x) { return x; }
+
+template <typename T>
+RT_DEVICE T from_float(float x);
+template <>
+RT_DEVICE float from_float(float x) {
+  return x;
+}
+template <>
+RT_DEVICE bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+RT_DEVICE half from_float(float x) {
+  return __float2half_rn(x);
+}
 
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), unsigned grid, unsigned block,

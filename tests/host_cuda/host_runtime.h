@@ -133,6 +133,46 @@ inline float to_float(half x) {
   return host::bit_cast<float>(sign | (finite ? scaled : magnitude | 0x7F800000u));
 }
 
+inline float to_float(int8_t x) { return x; }
+
+namespace host {
+
+// `bits` without its lowest `count` ones, rounded to nearest, of ties to even.
+inline uint32_t round_off(uint32_t bits, int count) {
+  const uint32_t below_half = (1u << (count - 1)) - 1;
+  return (bits + below_half + (bits >> count & 1u)) >> count;
+}
+
+}  // namespace host
+
+template <typename T>
+T from_float(float x);
+
+template <>
+inline float from_float(float x) {
+  return x;
+}
+
+template <>
+inline bfloat16 from_float(float x) {
+  const uint32_t bits = host::bit_cast<uint32_t>(x);
+  return {static_cast<uint16_t>(x == x ? host::round_off(bits, 16) : 0x7FFFu)};
+}
+
+template <>
+inline half from_float(float x) {
+  const uint32_t bits = host::bit_cast<uint32_t>(x);
+  const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return {0x7FFFu};
+  uint32_t rounded = 0x7C00u;
+  if (magnitude < 0x38800000u) {  // below 2^-14 halves are multiples of 2^-24, as floats from 1/2
+    rounded = host::bit_cast<uint32_t>(host::bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
+  } else if (magnitude < 0x47800000u) {  // 2^16; what rounds up to it becomes infinity
+    rounded = host::round_off(magnitude - (112u << 23), 13);
+  }
+  return {static_cast<uint16_t>(sign | rounded)};
+}
+
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), unsigned grid, unsigned block,
              std::size_t dynamic_shared_bytes, Stream, const Arguments&... arguments) {

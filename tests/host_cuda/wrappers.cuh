@@ -3,7 +3,7 @@
 
 #include "kernels/runtime.h"
 
-constexpr int kResults = 20;
+constexpr int kResults = 22;
 
 // One block of 64 threads. results: kResults per thread; counters: {unsigned sum, unsigned max},
 // an int and an unsigned long long, each starting at 0.
@@ -48,6 +48,8 @@ RT_GLOBAL void RT_LAUNCH_BOUNDS(64)
   mine[17] = gridDim.x;
   mine[18] = blockIdx.x;
   mine[19] = __float_as_uint(rt::to_float(x));
+  mine[20] = __float_as_uint(rt::to_float(static_cast<int8_t>(thread - 32)));
+  mine[21] = __float_as_uint(fmaf(1.0f + 0x1p-23f, 1.0f - 0x1p-23f, -1.0f));
 }
 
 // Both types from the same bits: i-th value of either becomes a float.
@@ -56,4 +58,12 @@ RT_GLOBAL void widen(const rt::half* halves, const rt::bfloat16* brains, float* 
   const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
   from_half[i] = rt::to_float(halves[i]);
   from_brain[i] = rt::to_float(brains[i]);
+}
+
+// The other way: each of the floats to either type, and to itself.
+RT_GLOBAL void narrow(const float* floats, rt::half* halves, rt::bfloat16* brains, float* same) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  halves[i] = rt::from_float<rt::half>(floats[i]);
+  brains[i] = rt::from_float<rt::bfloat16>(floats[i]);
+  same[i] = rt::from_float<float>(floats[i]);
 }

@@ -1,0 +1,63 @@
+// CUDA op of skinny_linear: checks, device guard, stream, dispatch, launch. The kernel and its
+// contract are in kernels/skinny_linear.cuh.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "kernels/skinny_linear.cuh"
+#include "skinny_linear.h"
+
+namespace chatterbox_fast {
+
+namespace {
+
+// call(a value of the type that the kernel has for a floating dtype)
+template <typename Call>
+void with_floating_type(at::ScalarType type, const Call& call) {
+  switch (type) {
+    case at::kHalf:
+      return call(rt::half());
+    case at::kBFloat16:
+      return call(rt::bfloat16());
+    default:
+      return call(float());
+  }
+}
+
+at::Tensor skinny_linear(const at::Tensor& x, const at::Tensor& weight,
+                         const std::optional<at::Tensor>& scale) {
+  const SkinnyLinearSizes sizes = check_skinny_linear(x, weight, scale);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  at::Tensor y = at::empty({sizes.rows, sizes.outputs}, x.options());
+  const auto launch = [&](auto x_type, auto weight_type) {
+    using X = decltype(x_type);
+    using W = decltype(weight_type);
+    SkinnyLinearArgs<X, W> args = {};
+    args.x = static_cast<const X*>(x.const_data_ptr());
+    args.weight = static_cast<const W*>(weight.const_data_ptr());
+    args.scale = scale ? scale->const_data_ptr<float>() : nullptr;
+    args.y = static_cast<X*>(y.mutable_data_ptr());
+    args.inputs = sizes.inputs;
+    args.outputs = sizes.outputs;
+    args.rows = static_cast<int>(sizes.rows);
+    C10_CUDA_CHECK(launch_skinny_linear(args, stream));
+  };
+  with_floating_type(x.scalar_type(), [&](auto x_type) {
+    if (weight.scalar_type() == at::kChar) return launch(x_type, int8_t());
+    with_floating_type(weight.scalar_type(),
+                       [&](auto weight_type) { launch(x_type, weight_type); });
+  });
+  return y;
+}
+
+}  // namespace
+
+}  // namespace chatterbox_fast
+
+TORCH_LIBRARY_IMPL(chatterbox_fast, CUDA, library) {
+  library.impl("skinny_linear", &chatterbox_fast::skinny_linear);
+}

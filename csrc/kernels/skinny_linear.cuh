@@ -1,0 +1,177 @@
+// skinny_linear: y = x weight' for a few rows of x, the matrix-vector products of a decode step.
+//
+//   y[m][n] = scale[n] (sum over k of x[m][k] weight[n][k])
+//
+// Shapes: x (M, K), X = float, half, bfloat16; weight (N, K), W = one of these, or int8 with scale
+// (N,) float, which is null otherwise; y (M, N), X. M in [0, 8]; any K and N. Contiguous, without
+// an alignment beyond that of their elements.
+// Equivalent to: chatterbox_fast/reference.py, skinny_linear.
+// Arithmetic: float, fused multiply-adds. A lane sums every 32nd vector of the inputs, then the 32
+// sums are added in a tree; a row's scale is applied to its sum. The bits do not depend on the run,
+// nor on the other rows of x. A NaN or an infinity stays in its row of x, or of weight.
+//
+// Launch: one warp computes two outputs for all rows of x. A lane loads 16 bytes of weights at a
+// time and keeps eight such loads in flight, 4 KiB a warp (four with int8 or eight rows of x).
+// Where K or an address does not allow vectors, the same code loads single elements. Rows of x up
+// to the next of 1, 2, 4, 8 are computed and not stored.
+//
+// Expected bound: the weights' bytes, each of which is read once. x comes from L1, which serves
+// M sizeof(X) / (2 sizeof(W)) times as many bytes: 2 times with two float rows and bfloat16
+// weights, 8 times with eight, which is near what L1 delivers while memory is at its full speed. At
+// 1024 inputs the weights of a warp are all in flight at once, so that 1024 x 1024 costs memory's
+// latency more than its bandwidth.
+#pragma once
+
+#include "common.cuh"
+#include "runtime.h"
+
+namespace chatterbox_fast {
+
+constexpr int kSkinnyWarps = 4;    // a block
+constexpr int kSkinnyOutputs = 2;  // a warp
+
+template <typename X, typename W>
+struct SkinnyLinearArgs {
+  const X* x;
+  const W* weight;
+  const float* scale;  // null: 1
+  X* y;
+  long long inputs, outputs;  // K, N
+  int rows;                   // M
+};
+
+// The rows that a warp multiplies. What there is none of repeats the last, so that it can be read.
+template <int kRows, typename X, typename W>
+struct SkinnyRows {
+  const X* x[kRows];
+  const W* weight[kSkinnyOutputs];
+};
+
+template <int kRows, typename X, typename W>
+RT_DEVICE SkinnyRows<kRows, X, W> skinny_rows(const SkinnyLinearArgs<X, W>& args,
+                                              long long output) {
+  SkinnyRows<kRows, X, W> rows;
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+    rows.x[m] = args.x + (m < args.rows ? m : args.rows - 1) * args.inputs;
+  }
+#pragma unroll
+  for (int r = 0; r < kSkinnyOutputs; ++r) {
+    const long long last = args.outputs - 1;
+    rows.weight[r] = args.weight + (output + r < last ? output + r : last) * args.inputs;
+  }
+  return rows;
+}
+
+// kVector neighbours of each row of weights.
+template <typename W, int kVector>
+struct SkinnyWeights {
+  Pack<W, kVector> of[kSkinnyOutputs];
+};
+
+template <int kVector, int kRows, typename X, typename W>
+RT_DEVICE SkinnyWeights<W, kVector> load_weights(const SkinnyRows<kRows, X, W>& rows, long long k) {
+  SkinnyWeights<W, kVector> weights;
+#pragma unroll
+  for (int r = 0; r < kSkinnyOutputs; ++r) {
+    weights.of[r] = load_pack<kVector>(rows.weight[r] + k);
+  }
+  return weights;
+}
+
+// sums[m][r] += the products of the kVector inputs from k on.
+template <int kVector, int kRows, typename X, typename W>
+RT_DEVICE void add_products(const SkinnyRows<kRows, X, W>& rows, long long k,
+                            const SkinnyWeights<W, kVector>& weights,
+                            float (&sums)[kRows][kSkinnyOutputs]) {
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+    const auto x = load_pack<kVector>(rows.x[m] + k);
+#pragma unroll
+    for (int i = 0; i < kVector * kSkinnyOutputs; ++i) {
+      const int n = i / kSkinnyOutputs, r = i % kSkinnyOutputs;
+      const float weight = rt::to_float(weights.of[r].items[n]);
+      sums[m][r] = fmaf(rt::to_float(x.items[n]), weight, sums[m][r]);
+    }
+  }
+}
+
+// One lane's share of all sums: kVector inputs of every 32 kVector. The weights of kSteps such
+// vectors are always on their way; what is over at the end comes one by one.
+template <int kVector, int kSteps, int kRows, typename X, typename W>
+RT_DEVICE void add_lane(const SkinnyRows<kRows, X, W>& rows, long long inputs,
+                        float (&sums)[kRows][kSkinnyOutputs]) {
+  constexpr int kStride = 32 * kVector, kGroup = kSteps * kStride;
+  const long long last_group = inputs - (kGroup - kStride);  // no whole group starts here or later
+  long long k = threadIdx.x % 32 * kVector;
+  if (k < last_group) {
+    SkinnyWeights<W, kVector> weights[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) weights[i] = load_weights<kVector>(rows, k + i * kStride);
+    for (; k + kGroup < last_group; k += kGroup) {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        add_products(rows, k + i * kStride, weights[i], sums);
+        weights[i] = load_weights<kVector>(rows, k + kGroup + i * kStride);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) add_products(rows, k + i * kStride, weights[i], sums);
+    k += kGroup;
+  }
+#pragma unroll 1
+  for (; k < inputs; k += kStride) {
+    add_products(rows, k, load_weights<kVector>(rows, k), sums);
+  }
+}
+
+template <int kRows, int kVector, typename X, typename W>
+RT_GLOBAL void RT_LAUNCH_BOUNDS(32 * kSkinnyWarps)
+    skinny_linear_kernel(SkinnyLinearArgs<X, W> args) {
+  const int lane = threadIdx.x % 32;
+  const long long warp = static_cast<long long>(blockIdx.x) * kSkinnyWarps + threadIdx.x / 32;
+  const long long first = warp * kSkinnyOutputs;
+  if (first >= args.outputs) return;  // all lanes do
+  // Whole groups at T3's sizes, 1024 and 4096 inputs; with eight rows more would be spilled.
+  constexpr int kSteps = sizeof(W) > 1 && kRows < 8 ? 4 : 2;
+  float sums[kRows][kSkinnyOutputs] = {};
+  add_lane<kVector, kSteps>(skinny_rows<kRows>(args, first), args.inputs, sums);
+  float own = 0.0f;  // lane i stores sum i
+#pragma unroll
+  for (int i = 0; i < kRows * kSkinnyOutputs; ++i) {
+    float sum = sums[i / kSkinnyOutputs][i % kSkinnyOutputs];
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
+    if (lane == i) own = sum;
+  }
+  const int row = lane / kSkinnyOutputs;
+  const long long output = first + lane % kSkinnyOutputs;
+  if (row >= args.rows || output >= args.outputs) return;
+  if (args.scale != nullptr) own *= args.scale[output];
+  args.y[row * args.outputs + output] = rt::from_float<X>(own);
+}
+
+template <int kVector, typename X, typename W>
+rt::Error launch_skinny_linear_in_packs(const SkinnyLinearArgs<X, W>& args, rt::Stream stream) {
+  constexpr int kOutputs = kSkinnyWarps * kSkinnyOutputs;
+  const auto kernel = args.rows == 1   ? &skinny_linear_kernel<1, kVector, X, W>
+                      : args.rows == 2 ? &skinny_linear_kernel<2, kVector, X, W>
+                      : args.rows <= 4 ? &skinny_linear_kernel<4, kVector, X, W>
+                                       : &skinny_linear_kernel<8, kVector, X, W>;
+  const auto grid = static_cast<unsigned>((args.outputs + kOutputs - 1) / kOutputs);
+  return rt::launch(kernel, grid, 32 * kSkinnyWarps, 0, stream, args);
+}
+
+// Enqueues the op on `stream`; without rows or outputs it is a success without a launch.
+template <typename X, typename W>
+rt::Error launch_skinny_linear(const SkinnyLinearArgs<X, W>& args, rt::Stream stream) {
+  constexpr int kVector = kPackBytes / sizeof(W);
+  if (args.rows == 0 || args.outputs == 0) return rt::Error{};
+  const auto addresses =
+      reinterpret_cast<std::uintptr_t>(args.x) | reinterpret_cast<std::uintptr_t>(args.weight);
+  if (args.inputs % kVector == 0 && addresses % kPackBytes == 0) {
+    return launch_skinny_linear_in_packs<kVector>(args, stream);
+  }
+  return launch_skinny_linear_in_packs<1>(args, stream);
+}
+
+}  // namespace chatterbox_fast

@@ -1,0 +1,197 @@
+"""skinny_linear's CUDA source: run on the CPU thread by thread, and compiled by nvcc for GPUs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from host_cuda import build
+from test_skinny_linear import FLOATING, T3, WEIGHTS, Call, check_error, random_call, whole_call
+from toolkit import ARCHS, compile_kernels
+from torch import Tensor
+
+DRIVER = build.HERE / "skinny_linear.cpp"
+DTYPES = {dtype: number for number, dtype in enumerate(WEIGHTS)}
+VECTOR = {dtype: 16 // dtype.itemsize for dtype in WEIGHTS}
+"""Weights that one load takes."""
+
+
+def by_kernel(call: Call, offset: int = 0, **run: Any) -> Tensor:
+    """The result of the kernel; x and weight lie `offset` elements past an aligned address."""
+    rows, inputs = call.x.shape
+    outputs = len(call.weight)
+    sizes = [rows, inputs, outputs, DTYPES[call.x.dtype], DTYPES[call.weight.dtype], offset]
+    y = torch.full((rows, outputs), -99.0, dtype=call.x.dtype)
+    scale = torch.zeros(0) if call.scale is None else call.scale
+    arrays = [np.array(sizes, np.int64)]
+    arrays += [aligned(tensor, offset) for tensor in (call.x, call.weight)]
+    arrays += [scale.numpy(), bits_of(y).numpy()]
+    assert build.run(DRIVER, arrays, **run) == build.Outcome()
+    return y
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The same memory, of a type that numpy has."""
+    return tensor.view(torch.int16) if tensor.element_size() == 2 else tensor
+
+
+def aligned(tensor: Tensor, offset: int) -> np.ndarray:
+    """A flat copy behind `offset` elements, the first of which lies at a multiple of 16 bytes."""
+    flat = bits_of(tensor).flatten().numpy()
+    room = np.empty(offset + flat.size + 16, flat.dtype)
+    skip = -room.ctypes.data % 16 // flat.itemsize
+    whole = room[skip : skip + offset + flat.size]
+    whole[offset:] = flat
+    return whole
+
+
+@pytest.mark.parametrize("weight_dtype", WEIGHTS)
+@pytest.mark.parametrize("shape", T3, ids=str)
+def test_a_decode_step(shape: tuple[int, int], weight_dtype: torch.dtype) -> None:
+    call = random_call((2, *shape), torch.float32, weight_dtype)
+    check_error([(call, by_kernel(call, order="shuffled"))])
+
+
+@pytest.mark.parametrize("weight_dtype", WEIGHTS)
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_no_product_is_lost_and_none_counted_twice(
+    dtype: torch.dtype, weight_dtype: torch.dtype
+) -> None:
+    """Whole numbers are summed exactly: vectors and single elements, whole groups and what is over.
+
+    A group is four vectors of each of 32 lanes, or two; what is over at most the rest of that.
+    """
+    vector = VECTOR[weight_dtype]
+    vectors = (1, 31, 32, 33, 64, 65, 97, 128, 129, 200, 257)
+    for inputs in [*(n * vector for n in vectors), 1, 7, 17, 127, 131, 1003]:
+        for rows in (1, 2, 3, 8):
+            call = whole_call((rows, inputs, 5), dtype, weight_dtype)
+            expected = call.oracle().to(dtype)
+            assert torch.equal(by_kernel(call), expected), (rows, inputs)
+            assert torch.equal(by_kernel(call, offset=1), expected), (rows, inputs)
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 7, 8, 9, 15, 17])
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_rows_and_outputs_that_fill_no_block(rows: int, outputs: int) -> None:
+    call = whole_call((rows, 64, outputs), torch.float32, torch.bfloat16)
+    assert torch.equal(by_kernel(call), call.oracle().float())
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 5), (2, 16, 0), (2, 0, 5)], ids=str)
+def test_empty(shape: tuple[int, int, int]) -> None:
+    y = by_kernel(random_call(shape))
+    assert torch.equal(y, torch.zeros(shape[0], shape[2]))
+
+
+@pytest.mark.parametrize("weight_dtype", WEIGHTS)
+@pytest.mark.parametrize("inputs", [1024, 1003])
+def test_the_same_bits_in_every_order(inputs: int, weight_dtype: torch.dtype) -> None:
+    """And for a row of x alone."""
+    call = random_call((3, inputs, 9), torch.float32, weight_dtype)
+    first = by_kernel(call)
+    for order in build.ORDERS:
+        assert torch.equal(by_kernel(call, order=order, seed=3), first)
+    for row in range(3):
+        alone = call._replace(x=call.x[row : row + 1])
+        assert torch.equal(by_kernel(alone), first[row : row + 1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("weight_dtype", WEIGHTS)
+def test_nan_and_infinity_stay_in_their_row(bad: float, weight_dtype: torch.dtype) -> None:
+    for inputs in (64, 63):
+        call = random_call((3, inputs, 5), torch.float32, weight_dtype)
+        clean = by_kernel(call)
+        call.x[1, 5] = bad
+        finite = torch.ones(3, 5, dtype=torch.bool)
+        finite[1] = False
+        if weight_dtype != torch.int8:
+            call.weight[2, 60] = bad
+            finite[:, 2] = False
+        y = by_kernel(call)
+        assert torch.equal(y.isfinite(), finite)
+        assert torch.equal(y[finite], clean[finite])
+
+
+SMALL = ((1, 1024, 3), (2, 1003, 9), (3, 96, 1), (8, 528, 5))
+
+
+PAIRS = [
+    *((torch.float32, weight_dtype) for weight_dtype in WEIGHTS),
+    *((dtype, torch.bfloat16) for dtype in (torch.float16, torch.bfloat16)),
+]
+"""Every dtype of weight, and every one of x."""
+
+
+@pytest.mark.parametrize("order", build.ORDERS)
+@pytest.mark.parametrize(("dtype", "weight_dtype"), PAIRS, ids=str)
+def test_address_and_undefined_behaviour_sanitizers(
+    dtype: torch.dtype, weight_dtype: torch.dtype, order: Any
+) -> None:
+    """Each array ends where its last element does."""
+    for shape in SMALL:
+        call = whole_call(shape, dtype, weight_dtype)
+        y = by_kernel(call, variant="asan", order=order, seed=3)
+        assert torch.equal(y, call.oracle().to(dtype))
+
+
+@pytest.mark.parametrize("weight_dtype", WEIGHTS)
+def test_undefined_behaviour_sanitizer_of_odd_addresses(weight_dtype: torch.dtype) -> None:
+    """A vector read there would be misaligned."""
+    call = whole_call((2, 1024, 3), torch.float32, weight_dtype)
+    y = by_kernel(call, offset=1, variant="asan")
+    assert torch.equal(y, call.oracle().float())
+
+
+@pytest.mark.parametrize("weight_dtype", WEIGHTS)
+def test_thread_sanitizer(weight_dtype: torch.dtype) -> None:
+    call = whole_call((2, 512, 9), torch.float32, weight_dtype)
+    y = by_kernel(call, variant="tsan", order="shuffled", seed=3)
+    assert torch.equal(y, call.oracle().float())
+
+
+# ---- nvcc
+
+NAMES = dict(zip(WEIGHTS, ("float", "rt::half", "rt::bfloat16", "int8_t"), strict=True))
+DECODE = re.compile(r"kernelILi[12]ELi[48]Ef(f|13__nv_bfloat16)E")
+"""Of T3: one or two rows of float, vectors of float or bfloat16 weights."""
+
+
+def instances(pairs: list[tuple[torch.dtype, torch.dtype]]) -> str:
+    lines = ['#include "kernels/skinny_linear.cuh"', "using namespace chatterbox_fast;"]
+    lines += [
+        "template rt::Error chatterbox_fast::launch_skinny_linear("
+        f"const SkinnyLinearArgs<{NAMES[dtype]}, {NAMES[weight_dtype]}>&, rt::Stream);"
+        for dtype, weight_dtype in pairs
+    ]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
+    """Registers and spills are bounded. A decode step's loads are of 16 bytes, of weights eight
+    before the loop and eight in it."""
+    bounded = arch in ("89", "90")
+    pairs = [(x, weight) for x in FLOATING for weight in WEIGHTS] if bounded else PAIRS
+    entries = compile_kernels(instances(pairs), arch, tmp_path)
+    assert len(entries) == len(pairs) * 4 * 2, "1, 2, 4 or 8 rows; vectors or single elements"
+    if not bounded:
+        return
+    assert sum(1 for entry in entries if DECODE.search(entry.name)) == 4
+    for entry in entries:
+        assert entry.shared == 0
+        assert entry.registers <= 192, "12 warps a multiprocessor, or nearly"
+        assert entry.spilled <= (0 if DECODE.search(entry.name) else 32)
+    ptx = (tmp_path / "kernels.ptx").read_text()
+    for body in ptx.split(".entry ")[1:]:
+        if DECODE.match(body.partition("linear_")[2]):
+            loads = re.findall(r"ld\.global\S*", body)
+            assert [load for load in loads if ".v4." not in load] == ["ld.global.f32"], "a scale"
+            assert len(loads) - sum(load.endswith("f32") for load in loads) in (0, 18), (
+                "of bfloat16"
+            )

@@ -1,0 +1,111 @@
+"""Triton twin of skinny_linear: one launch, a few outputs of all rows of x a program.
+
+    x (M, K) float32, float16 or bfloat16; weight (N, K) of these or int8, then scale (N,) float32
+    -> (M, N) in x's dtype: scale * (x @ weight.T). M at most 8, all contiguous.
+
+Equivalent to: chatterbox_fast/reference.py, ``skinny_linear``.
+
+Arithmetic: float32. Each place of a block of inputs sums its own products, then the places are
+added in a tree; a row's scale is applied to its sum.
+
+Expected bound: the weights' bytes, each of which is read once. x is read by every program, from L1
+and L2.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import checks
+
+_must = functools.partial(checks.must, "skinny_linear")
+
+_MAX_ROWS = 8
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+_BLOCK = 2048  # rows of x times inputs
+OUTPUTS = 4
+LAUNCH = {"num_warps": 4}
+
+
+@triton.jit(do_not_specialize=["rows", "outputs"])
+def skinny_linear_kernel(
+    x, weight, scale, y, rows, inputs, outputs,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    """OUTPUTS outputs of all rows of x, INPUTS inputs at a time. ROWS: rows, or more."""
+    row = tl.arange(0, ROWS)
+    output = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    is_row, is_output = row < rows, output < outputs
+    sums = tl.zeros((ROWS, OUTPUTS, INPUTS), tl.float32)
+    for start in range(0, inputs, INPUTS):
+        k = start + tl.arange(0, INPUTS)
+        x_at = x + row[:, None] * inputs + k[None, :]
+        own = tl.load(x_at, mask=is_row[:, None] & (k < inputs)[None, :], other=0)
+        weight_at = weight + output[:, None] * inputs + k[None, :]
+        weights = tl.load(weight_at, mask=is_output[:, None] & (k < inputs)[None, :], other=0)
+        sums += own.to(tl.float32)[:, None, :] * weights.to(tl.float32)[None, :, :]
+    total = tl.sum(sums, axis=2)
+    if scale is not None:
+        total *= tl.load(scale + output, mask=is_output, other=0)[None, :]
+    y_at = y + row[:, None] * outputs + output[None, :]
+    tl.store(y_at, total.to(y.dtype.element_ty), mask=is_row[:, None] & is_output[None, :])
+
+
+def skinny_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``x @ weight.T``. CUDA tensors, or CPU tensors in Triton's interpreter.
+
+    Args:
+        x, weight, scale: see `reference.skinny_linear`. All contiguous.
+
+    Returns:
+        ``(M, N)`` in x's dtype.
+
+    Raises:
+        RuntimeError: an argument of another shape, dtype or layout than documented.
+    """
+    _check(x, weight, scale)
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    # Triton's interpreter does not round to bfloat16, it truncates.
+    dtype = x.dtype if x.is_cuda else torch.float32
+    y = torch.empty(rows, outputs, dtype=dtype, device=x.device)
+    if y.numel() == 0:
+        return y.to(x.dtype)
+    padded = triton.next_power_of_2(rows)
+    block = min(_BLOCK // padded, triton.next_power_of_2(max(inputs, 1)))
+    with torch.cuda.device_of(x):
+        skinny_linear_kernel[(triton.cdiv(outputs, OUTPUTS),)](
+            x, weight, scale, y, rows, inputs, outputs,
+            ROWS=padded, OUTPUTS=OUTPUTS, INPUTS=block, **LAUNCH,
+        )  # fmt: skip
+    return y.to(x.dtype)
+
+
+def _check(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
+    """As csrc/skinny_linear.cpp checks."""
+    _must(x.dtype in _FLOATING, "x", "float32, float16 or bfloat16", x.dtype)
+    quantised = weight.dtype == torch.int8
+    known = quantised or weight.dtype in _FLOATING
+    _must(known, "weight", "float32, float16, bfloat16 or int8", weight.dtype)
+    _must(weight.dim() == 2, "weight", "(N, K)", tuple(weight.shape))
+    outputs, inputs = weight.shape
+    fits = x.dim() == 2 and x.shape[0] <= _MAX_ROWS and x.shape[1] == inputs
+    shape = f"(M, {inputs}) as weight has, M at most {_MAX_ROWS}"
+    _must(fits, "x", shape, tuple(x.shape))
+    _must(weight.device == x.device, "weight", f"on {x.device}", weight.device)
+    _must(x.is_contiguous(), "x", "contiguous", f"strides {x.stride()}")
+    _must(weight.is_contiguous(), "weight", "contiguous", f"strides {weight.stride()}")
+    if scale is None or not quantised:
+        must = "given for an int8 weight" if quantised else "None for a floating weight"
+        _must(
+            (scale is not None) == quantised, "scale", must, "None" if scale is None else "a tensor"
+        )
+        return
+    _must(scale.dtype == torch.float32, "scale", "torch.float32", scale.dtype)
+    _must(scale.device == x.device, "scale", f"on {x.device}", scale.device)
+    _must(scale.is_contiguous(), "scale", "contiguous", f"strides {scale.stride()}")
+    _must(scale.shape == (outputs,), "scale", f"({outputs},)", tuple(scale.shape))
