@@ -1,4 +1,4 @@
-"""decode_attention's CUDA source: run on the CPU thread by thread, and compiled by nvcc for GPUs."""
+"""decode_attention's CUDA source: run on the CPU thread by thread, and compiled by nvcc."""
 
 from __future__ import annotations
 

@@ -52,8 +52,16 @@ def test_every_op_is_registered(op: str) -> None:
 
 @pytest.mark.parametrize("folder", ["csrc/kernels", "csrc/cuda", "csrc/cpu", "triton_kernels"])
 def test_no_file_is_of_an_unknown_op(folder: str) -> None:
-    shared = {"runtime", "common", "torch_random", "build_info", "checks", "vectors", "floating",
-              "__init__"}
+    shared = {
+        "runtime",
+        "common",
+        "torch_random",
+        "build_info",
+        "checks",
+        "vectors",
+        "floating",
+        "__init__",
+    }
     stems = {path.stem for path in (ROOT / folder).iterdir() if path.is_file()}
     assert stems - shared <= set(SCHEMAS)
 
