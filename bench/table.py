@@ -1,8 +1,8 @@
 """README's tables and their picture, rendered from the raw results: python -m bench.table [--check]
 
 A table stands between ``<!-- table: FILE -->`` and ``<!-- end -->``, FILE relative to
-bench/results: a `chatterbox-fast demo --json` file, or one of ``pytest bench --benchmark-json``,
-which is drawn as FILE.png too.
+bench/results: a `chatterbox-fast demo --json` file, one of ``bench/t3_decode.py --json``, or one of
+``pytest bench --benchmark-json``, which is drawn as FILE.png too.
 """
 
 from __future__ import annotations
@@ -82,6 +82,47 @@ def _graph_time(info: dict[str, Any]) -> str:
     return "–" if us is None else f"{us:.1f} µs"
 
 
+def t3_decode_table(raw: dict[str, Any]) -> str:
+    """The markdown table of a bench/t3_decode.py file: a row for each variant."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in raw["t3_decode"]:
+        found.setdefault(result["variant"], {})[result["positions"]] = result
+    lengths = sorted(found["stock"])
+    divergence = raw["divergence"]
+    rows = [
+        "| variant | "
+        + " | ".join(f"tokens/s at {length}" for length in lengths)
+        + " | against stock | ops a step | share of read bandwidth | KL to stock |",
+        "|---" * (len(lengths) + 5) + "|",
+    ]
+    for variant, results in found.items():
+        speeds = [1e6 / results[length]["median_us"] for length in lengths]
+        first, stock = results[lengths[0]], found["stock"][lengths[0]]
+        gain, kl = stock["median_us"] / first["median_us"], divergence.get(variant)
+        cells = [
+            variant,
+            *(f"{speed:.1f}" for speed in speeds),
+            f"{gain:.2f}×",
+            "–" if first["dispatched"] is None else str(first["dispatched"]),
+            f"{first['share_of_read_bandwidth']:.0%}",
+            "–" if kl is None else f"{kl:.1e}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    machine = raw["machine"]
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"Medians; the ratio, ops and bandwidth at {lengths[0]} cached positions. KL: mean "
+            "divergence from float32 stock in nats, teacher-forced, at an entropy of "
+            f"{divergence['entropy']:.1f}. {machine['device']}, {machine['threads']} threads, "
+            f"torch {machine['torch']}, weights: {raw['weights']}, {raw['when'][:10]}, "
+            f"commit {raw['commit']}.",
+            *(f"Does not run here: {name} ({why})." for name, why in raw["failures"].items()),
+        ]
+    )
+
+
 def by_case(raw: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """case -> implementation -> what `timing.measure` noted."""
     cases: dict[str, dict[str, dict[str, Any]]] = {}
@@ -112,7 +153,8 @@ def render(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         raw = json.loads((RESULTS / match.group(2)).read_text())
-        made = bench_table(raw) if "benchmarks" in raw else demo_table(raw)
+        kinds = {"benchmarks": bench_table, "t3_decode": t3_decode_table}
+        made = next((make for key, make in kinds.items() if key in raw), demo_table)(raw)
         return f"{match.group(1)}{made}\n{match.group(3)}"
 
     return _TABLE.sub(table, text)

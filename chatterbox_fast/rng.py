@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from . import ops, reference
 
@@ -92,6 +93,16 @@ class DrawFrom(TorchFunctionMode):
         if func in _DRAWS and kwargs.get("generator") is None:
             kwargs["generator"] = self.generators.on(_device_of(args, kwargs))
         return func(*args, **kwargs)
+
+
+def drawing_by_name() -> AbstractContextManager[Any]:
+    """A context without `DrawFrom`, for code that names its generator in every call.
+
+    It is spared the detour of each torch call, and torch.compile a mode that it would trace.
+    """
+    if isinstance(_get_current_function_mode(), DrawFrom):
+        return _pop_mode_temporarily()
+    return nullcontext()
 
 
 def _device_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device:

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any, NamedTuple
 
-import torch
-
 from . import dispatch
 from .options import Options
 from .overrides import Change, Override, bound, is_ours
 from .request import Request, current_request, serving
-from .rng import Generators, check_seed
+from .rng import Generators, check_seed, drawing_by_name
 from .t3 import runner, weights
 from .t3.engine import Engine, Engines
 from .t3.support import why_unsupported
@@ -225,8 +223,7 @@ def make_t3_inference(stock: Callable[..., Any], *, engines: Engines) -> Callabl
             with one_at_a_time:
                 return stock(self, **arguments)
         generator = current_request().generator(self.device)
-        # The engine names its generator; nothing in it needs the request's torch functions.
-        with torch._C.DisableTorchFunction():
+        with drawing_by_name():
             return runner.inference(self, engines.of(self), **arguments, generator=generator)
 
     return inference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from typing import Any
 
 import bench_cfg_sample
 import pytest
+import t3_decode
 import table
 import timing
 import torch
@@ -184,3 +186,23 @@ def test_a_table_has_graphs_only_where_its_file_has() -> None:
             "|---|---|---|---|---|",
         ]
         assert without[2] == "| a, cuda | stock | 20 µs | 19 – 22 | 1.00× |"
+
+
+def test_the_decode_bench_measures_and_renders() -> None:
+    """Every variant runs, and both sides are charged for the same bytes."""
+    arguments = argparse.Namespace(
+        device="cpu", size="tiny", positions=[40], steps=3, forced=3, only=["stock", "ours, exact"]
+    )
+    raw = t3_decode.run(arguments)
+    assert not raw["failures"]
+    assert [r["variant"] for r in raw["t3_decode"]] == [
+        "stock", "stock, bf16", "stock, static cache, compiled", "ours, exact",
+        "ours, exact, compiled",
+    ]  # fmt: skip
+    stock, ours = raw["t3_decode"][0], raw["t3_decode"][3]
+    assert stock["bytes"] == pytest.approx(ours["bytes"], rel=1e-3)
+    assert raw["divergence"]["ours, exact"] < 1e-8
+    text = table.t3_decode_table(raw)
+    assert len(text.splitlines()) == 2 + 5 + 2
+    assert "| stock |" in text
+    assert "1.00×" in text

@@ -36,15 +36,15 @@ namespace chatterbox_fast {
 namespace {
 
 constexpr int kAtOnce = 2;             // outputs
-constexpr int64_t kPrefetchRows = 4;   // how far ahead of the row in hand
+constexpr int64_t kAhead = 16384;      // bytes that are fetched before they are read
 constexpr int64_t kCacheLine = 64;     // bytes
 constexpr int64_t kGrain = 1 << 15;    // weights a task has at least
 constexpr float kMostSteps = 16383.f;  // of an x rounded for int8: 15 bits with the sign
 constexpr int64_t kRun = 1024;         // 1024 * 127 * 16383 < 2^31
 
 template <typename T>
-CBF_INLINE void prefetch(const T* weight, int64_t inputs, int64_t k) {
-  __builtin_prefetch(weight + kPrefetchRows * inputs + k);
+CBF_INLINE void prefetch(const T* weight) {
+  __builtin_prefetch(reinterpret_cast<const char*>(weight) + kAhead);
 }
 
 // y[m][r] = sum over k of x[m][k] weight[r][k], for kRows rows of x and kOut of weight.
@@ -55,7 +55,7 @@ CBF_INLINE void dot(const float* x, const float* weight, int64_t inputs, float (
   for (int64_t k = 0; k < whole; k += kLanes) {
     Floats w[kOut];
     for (int r = 0; r < kOut; ++r) {
-      prefetch(weight + r * inputs, inputs, k);
+      prefetch(weight + r * inputs + k);
       w[r] = load<Floats>(weight + r * inputs + k);
     }
     for (int m = 0; m < kRows; ++m) {
@@ -81,7 +81,7 @@ CBF_INLINE void dot(const float* x, const at::BFloat16* weight, int64_t inputs,
   for (int64_t k = 0; k < whole; k += 2 * kLanes) {
     Floats even[kOut], odd[kOut];
     for (int r = 0; r < kOut; ++r) {
-      prefetch(weight + r * inputs, inputs, k);
+      prefetch(weight + r * inputs + k);
       const auto pairs = load<Words>(weight + r * inputs + k);
       even[r] = (Floats)(pairs << 16);
       odd[r] = (Floats)(pairs & 0xffff0000u);
@@ -113,7 +113,7 @@ CBF_INLINE void dot(const int16_t* x, const int8_t* weight, int64_t inputs,
     const int64_t end = std::min(inputs, start + kRun);
     int32_t sums[kRows][kOut] = {};
     for (int64_t k = start; k < end; k += kCacheLine) {
-      for (int r = 0; r < kOut; ++r) prefetch(weight + r * inputs, inputs, k);
+      for (int r = 0; r < kOut; ++r) prefetch(weight + r * inputs + k);
     }
     for (int64_t k = start; k < end; ++k) {
       for (int r = 0; r < kOut; ++r) {
@@ -149,7 +149,7 @@ CBF_AVX2 inline void add_products(const PairedStep* x, const int8_t* weight, int
                                   __m256i (&sums)[kRows][kOut]) {
   __m256i even[kOut], odd[kOut];
   for (int r = 0; r < kOut; ++r) {
-    prefetch(weight + r * inputs, inputs, 0);
+    prefetch(weight + r * inputs);
     const auto pairs = load<__m256i>(weight + r * inputs);
     even[r] = _mm256_srai_epi16(_mm256_slli_epi16(pairs, 8), 8);
     odd[r] = _mm256_srai_epi16(pairs, 8);
