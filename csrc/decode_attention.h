@@ -30,4 +30,9 @@ DecodeAttentionSizes check_decode_attention(
     const std::optional<at::Tensor>& probabilities, const std::optional<at::Tensor>& arrivals,
     int64_t splits);
 
+template <typename T>
+const T* data_or_null(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
+}
+
 }  // namespace chatterbox_fast

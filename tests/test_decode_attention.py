@@ -66,8 +66,8 @@ class Call:
 
 
 def own_copy(tensor: Tensor) -> Tensor:
-    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    return copy.to(tensor.device).copy_(tensor)
+    size, stride = tensor.shape, tensor.stride()
+    return torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def random_call(
@@ -579,6 +579,62 @@ def test_nothing_of_the_caches_size_is_allocated() -> None:
         out = torch.ops.chatterbox_fast.decode_attention(*call.arguments)
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
     assert allocated <= out.nbytes + 4096
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.kernel
+@pytest.mark.parametrize("cache_dtype", FLOATING)
+@pytest.mark.parametrize("dtype", FLOATING)
+class TestOnAGpu:
+    def test_results(self, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+        for rows, position in ((1, 63), (2, 0), (2, 250), (2, 1000), (32, 1000), (64, 77)):
+            call = random_call(
+                1024, [position], rows=rows, heads=16, dtype=dtype, cache_dtype=cache_dtype,
+                watched=[(0, 3), (rows - 1, 9)], device="cuda",
+            )  # fmt: skip
+            check(call, by_backend("cuda"))
+
+    def test_every_split_count(self, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+        call = random_call(
+            600, [599, 0, 600, 64, 321], dtype=dtype, cache_dtype=cache_dtype,
+            watched=[(0, 1), (2, 0)], device="cuda",
+        )  # fmt: skip
+        op = torch.ops.chatterbox_fast.decode_attention
+        for splits in (1, 2, 3, 10, 64):
+            check(call, lambda call, n=splits: op(*call.arguments, splits=n), units=4)
+
+    def test_a_graph_follows_the_position(
+        self, dtype: torch.dtype, cache_dtype: torch.dtype
+    ) -> None:
+        """With arrivals of its own and with the caller's; runs repeat to the bit."""
+        call = random_call(
+            1024, [0], rows=2, heads=16, dtype=dtype, cache_dtype=cache_dtype, device="cuda"
+        )
+        for arrivals in (None, torch.zeros(32, dtype=torch.int32, device="cuda")):
+            by_backend("cuda")(call)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = ops.decode_attention(*call.arguments, arrivals, backend="cuda")
+            for position in (3, 250, 1000, 1023, 1024, 250):
+                call.position.fill_(position)
+                graph.replay()
+                own = call.copy()
+                assert torch.equal(out, by_backend("cuda")(own))
+                assert torch.equal(own.k_cache, call.k_cache)
+            assert call.flags.tolist() == [reference.FAILED]
+            call.flags.zero_()
+            assert arrivals is None or not arrivals.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.kernel
+def test_a_cache_on_another_device_is_named() -> None:
+    call = replace(random_call(9, [4], device="cuda"), v_cache=torch.zeros(1, 2, 9, DIM))
+    with pytest.raises(RuntimeError, match="v_cache must be on cuda:0 as qkv is, got cpu"):
+        by_backend("cuda")(call)
 
 
 # ---- rotation

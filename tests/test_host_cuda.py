@@ -1,8 +1,9 @@
 """The emulator that runs CUDA kernels on the CPU: it is right, and it sees planted bugs.
 
 Which means sees which bug: a missing barrier gives a wrong result in every order and a TSan
-report; a shared access out of bounds an ASan or UBSan report; a shuffle taken for a memory fence
-and blocks that write to the same place a TSan report only; meetings that cannot happen an error.
+report; a shared access out of bounds an ASan or UBSan report; a shuffle taken for a memory fence,
+blocks that write to the same place, and blocks that hand over without a fence a TSan report only;
+meetings that cannot happen an error.
 """
 
 from __future__ import annotations
@@ -86,6 +87,35 @@ def test_a_planted_bug_is_reported(bug: str, variant: Variant, report: str) -> N
 @in_every_order
 def test_only_tsan_sees_a_shuffle_taken_for_a_fence(order: Order, seed: int) -> None:
     assert normalise("shuffle as fence", "plain", order, seed) == (Outcome(), True)
+
+
+HANDED_OVER = ["none", "missing fence", "missing barrier before fence"]
+
+
+def add_up(bug: str, variant: Variant, order: Order, seed: int) -> Outcome:
+    """The outcome of a sum over blocks, which is right in any case: they run one after another."""
+    numbers = np.arange(3 * 64, dtype=np.float32)
+    arguments = np.array([HANDED_OVER.index(bug), 3, 0], np.int64)
+    arrays = [arguments, numbers, np.zeros_like(numbers), np.zeros(1, np.uint32)]
+    arrays.append(total := np.zeros(1, np.float32))
+    outcome = build.run(build.HERE / "planted.cpp", arrays, variant, order, seed)
+    assert total == numbers.sum() or outcome.report
+    return outcome
+
+
+@in_every_order
+@pytest.mark.parametrize("variant", ["plain", "asan", "tsan"])
+def test_a_fence_hands_over_from_block_to_block(variant: Variant, order: Order, seed: int) -> None:
+    assert add_up("none", variant, order, seed) == Outcome()
+
+
+@in_every_order
+@pytest.mark.parametrize("bug", HANDED_OVER[1:])
+def test_only_tsan_sees_that_nothing_was_handed_over(bug: str, order: Order, seed: int) -> None:
+    assert add_up(bug, "plain", order, seed) == Outcome()
+    report = add_up(bug, "tsan", order, seed).report
+    assert "data race" in report
+    assert "planted.cuh:" in report
 
 
 @pytest.mark.parametrize("variant", ["plain", "asan"])

@@ -393,11 +393,6 @@ void check_pairs(const std::optional<at::Tensor>& watched, const DecodeAttention
   }
 }
 
-template <typename T>
-const T* data_or_null(const std::optional<at::Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
-}
-
 at::Tensor decode_attention(const at::Tensor& qkv, at::Tensor k_cache, at::Tensor v_cache,
                             const at::Tensor& position, at::Tensor flags,
                             const std::optional<at::Tensor>& cos,

@@ -7,25 +7,13 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "floating.h"
 #include "kernels/skinny_linear.cuh"
 #include "skinny_linear.h"
 
 namespace chatterbox_fast {
 
 namespace {
-
-// call(a value of the type that the kernel has for a floating dtype)
-template <typename Call>
-void with_floating_type(at::ScalarType type, const Call& call) {
-  switch (type) {
-    case at::kHalf:
-      return call(rt::half());
-    case at::kBFloat16:
-      return call(rt::bfloat16());
-    default:
-      return call(float());
-  }
-}
 
 at::Tensor skinny_linear(const at::Tensor& x, const at::Tensor& weight,
                          const std::optional<at::Tensor>& scale) {

@@ -10,8 +10,8 @@
 //   rt::launch(kernel, grid, block, dynamic_shared_bytes, stream, arguments...) -> rt::Error
 //
 // By CUDA's own names: threadIdx.x, blockIdx.x, blockDim.x, gridDim.x (one dimension only),
-// __syncthreads, __syncthreads_or, __syncwarp, __shfl_sync and its kin, __ballot_sync, atomicAdd,
-// atomicMax, and the arithmetic that host_runtime.h lists.
+// __syncthreads, __syncthreads_or, __syncwarp, __shfl_sync and its kin, __ballot_sync,
+// __threadfence, atomicAdd, atomicMax, and the arithmetic that host_runtime.h lists.
 #pragma once
 
 #ifdef __CUDACC__

@@ -100,12 +100,18 @@ void tsan_acquire(const Fiber& scheduler, const Fiber& fiber, void* object) {
 
 void tsan_end(const Fiber& fiber) { __tsan_destroy_fiber(fiber.tsan); }
 
+void tsan_fence(void* object) {
+  __tsan_acquire(object);
+  __tsan_release(object);
+}
+
 #else
 
 void adopt_caller(Fiber&) {}
 void tsan_release(const Fiber&, const Fiber&, void*) {}
 void tsan_acquire(const Fiber&, const Fiber&, void*) {}
 void tsan_end(const Fiber&) {}
+void tsan_fence(void*) {}
 
 #endif
 

@@ -28,5 +28,7 @@ void switch_fiber(Fiber& from, const Fiber& to);
 void tsan_release(const Fiber& scheduler, const Fiber& fiber, void* object);
 void tsan_acquire(const Fiber& scheduler, const Fiber& fiber, void* object);
 void tsan_end(const Fiber& fiber);
+// Both at once, by the fiber that runs.
+void tsan_fence(void* object);
 
 }  // namespace rt::host

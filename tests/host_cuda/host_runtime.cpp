@@ -54,6 +54,7 @@ Thread* current;
 std::vector<Thread> threads;  // whole warps: the last ones may never have started
 std::vector<Thread*> group;   // of the meeting looked at
 char blocks_ended;            // for TSan: the end of a launch comes after all of its threads
+char fences;                  // for TSan too
 
 // ---- Fibers.
 
@@ -251,6 +252,8 @@ uint64_t meet(const Meeting& meeting) {
   switch_fiber(current->fiber, scheduler);
   return current->result;
 }
+
+void fence() { tsan_fence(&fences); }
 
 void* shared_memory(const void* site, std::size_t bytes) {
   void* const data = memory.shared(site, bytes);

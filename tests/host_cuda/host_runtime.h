@@ -5,7 +5,9 @@
 //   * The order of blocks, warps and lanes is configurable; a correct kernel gives one result.
 //   * Shared memory starts as 0xFF bytes (NaN) in every block, with red zones under ASan.
 //   * A meeting that cannot happen ends the launch with an error text, never with a hang.
-//   * Under TSan only barriers and __syncwarp order memory; a shuffle or a vote does not.
+//   * Under TSan only barriers and __syncwarp order memory; a shuffle or a vote does not. Blocks
+//     know nothing of each other but what was fenced: what a thread wrote before a fence is visible
+//     after one that comes later.
 //
 // Not modelled: weak memory between blocks, timing, occupancy, contraction to FMA.
 #pragma once
@@ -77,6 +79,8 @@ template <class Array>
 Array& shared_array(const void* site) {
   return *static_cast<Array*>(shared_memory(site, sizeof(Array)));
 }
+
+void fence();
 
 Error run_grid(unsigned grid, unsigned block, std::size_t dynamic_shared_bytes,
                const std::function<void()>& thread);
@@ -196,6 +200,8 @@ inline int __syncthreads_or(int predicate, RT_HERE) {
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, RT_HERE) {
   rt::host::warp_meet("__syncwarp", site, true, mask, 0, rt::host::kVote);
 }
+
+inline void __threadfence() { rt::host::fence(); }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, RT_HERE) {
   return static_cast<unsigned>(

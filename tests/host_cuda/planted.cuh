@@ -1,6 +1,7 @@
 // A kernel with bugs that can be planted in it, to prove that the tests of real kernels see them.
 //
 //   normalise_rows<bug>   a row per block, divided by its sum; dynamic shared memory: a row
+//   add_up<bug>           numbers of several blocks, added by the last one to arrive
 //   misuse(kind)          meetings of threads that cannot happen
 #pragma once
 
@@ -17,6 +18,8 @@ enum class Bug {
   kPastDynamicArray,
   kShuffleAsFence,
   kBlocksShareRow,
+  kMissingFence,
+  kMissingBarrierBeforeFence,
 };
 
 // The sum over the warp; its first step goes through shared memory, the others do not.
@@ -51,6 +54,24 @@ RT_GLOBAL void RT_LAUNCH_BOUNDS(kThreads)
   sum = 0;
   for (const float part : warp_sums) sum += part;
   for (int i = threadIdx.x; i < width; i += kThreads) normalised[first + i] = row[i] / sum;
+}
+
+// `numbers`: kThreads of every block; arrivals: 0.
+template <Bug kBug>
+RT_GLOBAL void RT_LAUNCH_BOUNDS(kThreads)
+    add_up(const float* rows, float* numbers, unsigned* arrivals, float* sum) {
+  RT_SHARED(unsigned, before, 1);
+  const unsigned mine = blockIdx.x * kThreads + threadIdx.x;
+  numbers[mine] = rows[mine];
+  if (kBug != Bug::kMissingBarrierBeforeFence) __syncthreads();
+  if (threadIdx.x == 0) {
+    if (kBug != Bug::kMissingFence) __threadfence();
+    *before = atomicAdd(arrivals, 1u);
+    if (kBug != Bug::kMissingFence) __threadfence();
+  }
+  __syncthreads();
+  if (*before != gridDim.x - 1 || threadIdx.x != 0) return;
+  for (unsigned i = 0; i < gridDim.x * kThreads; ++i) *sum += numbers[i];
 }
 
 enum class Misuse {
