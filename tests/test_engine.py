@@ -256,7 +256,7 @@ def test_out_of_memory_frees_the_caches_and_says_so(
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to 2.00 GiB"),
     ):
 
-        def full(weights: Any, state: Any, *_: Any, error: Exception = error) -> None:
+        def full(_: Any, state: Any, *__: Any, error: Exception = error) -> None:
             alive.append(weakref.ref(state))
             raise error
 

@@ -140,7 +140,7 @@ def test_a_kernel_that_fails_its_self_test_is_not_used(monkeypatch: pytest.Monke
     right = ops.skinny_linear_by("extension")
     for kernel, why in (
         (lambda x, w, s: right(x, w, s) * 1.01, "wrong on this machine with torch.float32"),
-        (lambda x, w, s: right(x, w, None), "skinny_linear raises: chatterbox_fast::skinny_linear"),
+        (lambda x, w, _: right(x, w, None), "skinny_linear raises: chatterbox_fast::skinny_linear"),
     ):
         precision._failed_self_test.cache_clear()
         with monkeypatch.context() as patch:
@@ -166,6 +166,7 @@ def test_precisions_that_a_device_does_not_have(monkeypatch: pytest.MonkeyPatch)
     )
     assert choose("exact", backend="reference").kernel == "torch"
     cuda = torch.device("cuda")
+    monkeypatch.setattr(precision, "_failed_self_test", lambda *_: None)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 5))
     assert choose_precision(Options(), cuda, torch.float32)[:2] == ("fp16", torch.float16)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 9))
