@@ -25,7 +25,7 @@ class OptimizedChatterboxTTS(ChatterboxTTS):
     def __init__(
         self,
         *modules: Any,
-        enable_compilation: bool = True,
+        enable_compilation: bool = False,
         use_mixed_precision: bool = True,
         enable_watermark: bool = True,
         **named_modules: Any,
@@ -48,7 +48,7 @@ class OptimizedChatterboxTTS(ChatterboxTTS):
     def from_pretrained(
         cls,
         device: Any,
-        enable_compilation: bool = True,
+        enable_compilation: bool = False,
         use_mixed_precision: bool = True,
         enable_watermark: bool = True,
     ) -> OptimizedChatterboxTTS:
@@ -62,7 +62,7 @@ class OptimizedChatterboxTTS(ChatterboxTTS):
         cls,
         ckpt_dir: str | Path,
         device: Any,
-        enable_compilation: bool = True,
+        enable_compilation: bool = False,
         use_mixed_precision: bool = True,
         enable_watermark: bool = True,
     ) -> OptimizedChatterboxTTS:

@@ -45,12 +45,12 @@ def test_it_is_stock_and_patched(english: Any) -> None:
 def test_each_switch_takes_something_away(english: Any) -> None:
     model = of(english)
     options = model._chatterbox_fast.options
-    assert (options.compile, options.precision, options.watermark) == (True, "auto", True)
+    assert (options.compile, options.precision, options.watermark) == (False, "auto", True)
     assert rows(model)["watermark"] == "Perth (stock)"
     chatterbox_fast.unpatch(model)
-    model = of(english, enable_compilation=False, use_mixed_precision=False, enable_watermark=False)
+    model = of(english, enable_compilation=True, use_mixed_precision=False, enable_watermark=False)
     options = model._chatterbox_fast.options
-    assert (options.compile, options.precision, options.watermark) == (False, "exact", False)
+    assert (options.compile, options.precision, options.watermark) == (True, "exact", False)
     assert isinstance(model.watermarker, NoWatermark)
     chatterbox_fast.unpatch(model)
 
