@@ -154,7 +154,7 @@ class OurStep:
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts ops that are no views. It does not see into a graph, and makes a compiled step eager."""
+    """Counts ops that are no views. It cannot see into a graph or a compiled step."""
 
     count = 0
 
