@@ -89,7 +89,7 @@ def test_only_tsan_sees_a_shuffle_taken_for_a_fence(order: Order, seed: int) -> 
     assert normalise("shuffle as fence", "plain", order, seed) == (Outcome(), True)
 
 
-HANDED_OVER = ["none", "missing fence", "missing barrier before fence"]
+HANDED_OVER = ["none", "missing fence before", "missing fence after", "missing barrier"]
 
 
 def add_up(bug: str, variant: Variant, order: Order, seed: int) -> Outcome:

@@ -3,9 +3,9 @@
 - On a CPU in ``exact`` precision they are the model's own tensors: its kernel reads them as they
   lie, at the speed of memory.
 - Else they are a copy, with q, k and v (gate and up) fused: ``bf16``, ``fp16``, or ``int8`` with a
-  scale a row. Norms, embeddings, sums and, in a decode step, all that lies between the matrices
-  and the KV cache stay in float32, which is why the error is smaller than that of a model
-  converted as a whole.
+  scale a row; the KV cache is as narrow, with ``int8`` in bfloat16. Norms, embeddings, sums and,
+  in a decode step, all that lies between the matrices stay in float32, which is why the error is
+  smaller than that of a model converted as a whole.
 - On a GPU the copy takes the place of the layers' own matrices. Those wait on the host, bit for
   bit, until `bring_home`.
 """

@@ -100,10 +100,8 @@ void tsan_acquire(const Fiber& scheduler, const Fiber& fiber, void* object) {
 
 void tsan_end(const Fiber& fiber) { __tsan_destroy_fiber(fiber.tsan); }
 
-void tsan_fence(void* object) {
-  __tsan_acquire(object);
-  __tsan_release(object);
-}
+void tsan_release(void* object) { __tsan_release(object); }
+void tsan_acquire(void* object) { __tsan_acquire(object); }
 
 #else
 
@@ -111,7 +109,8 @@ void adopt_caller(Fiber&) {}
 void tsan_release(const Fiber&, const Fiber&, void*) {}
 void tsan_acquire(const Fiber&, const Fiber&, void*) {}
 void tsan_end(const Fiber&) {}
-void tsan_fence(void*) {}
+void tsan_release(void*) {}
+void tsan_acquire(void*) {}
 
 #endif
 

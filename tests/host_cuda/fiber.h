@@ -28,7 +28,8 @@ void switch_fiber(Fiber& from, const Fiber& to);
 void tsan_release(const Fiber& scheduler, const Fiber& fiber, void* object);
 void tsan_acquire(const Fiber& scheduler, const Fiber& fiber, void* object);
 void tsan_end(const Fiber& fiber);
-// Both at once, by the fiber that runs.
-void tsan_fence(void* object);
+// By the fiber that runs, for itself.
+void tsan_release(void* object);
+void tsan_acquire(void* object);
 
 }  // namespace rt::host

@@ -39,6 +39,8 @@ struct Thread {
   unsigned index = 0;
   Meeting meeting{};
   uint64_t result = 0;
+  bool fenced = false;    // since it started
+  void* added = nullptr;  // the word of its last atomicAdd
 };
 
 Order order = kAscending;
@@ -54,7 +56,6 @@ Thread* current;
 std::vector<Thread> threads;  // whole warps: the last ones may never have started
 std::vector<Thread*> group;   // of the meeting looked at
 char blocks_ended;            // for TSan: the end of a launch comes after all of its threads
-char fences;                  // for TSan too
 
 // ---- Fibers.
 
@@ -68,6 +69,8 @@ char fences;                  // for TSan too
 
 void start(Thread& thread) {
   thread.state = State::kReady;
+  thread.fenced = false;
+  thread.added = nullptr;
   start(thread.fiber, memory.stack(thread.index), BlockMemory::kStackBytes, fiber_main);
 }
 
@@ -253,7 +256,15 @@ uint64_t meet(const Meeting& meeting) {
   return current->result;
 }
 
-void fence() { tsan_fence(&fences); }
+void fence() {
+  if (current->added != nullptr) tsan_acquire(current->added);
+  current->fenced = true;
+}
+
+void touch_atomic(void* address) {
+  if (current->fenced) tsan_release(address);
+  current->added = address;
+}
 
 void* shared_memory(const void* site, std::size_t bytes) {
   void* const data = memory.shared(site, bytes);

@@ -6,8 +6,8 @@
 //   * Shared memory starts as 0xFF bytes (NaN) in every block, with red zones under ASan.
 //   * A meeting that cannot happen ends the launch with an error text, never with a hang.
 //   * Under TSan only barriers and __syncwarp order memory; a shuffle or a vote does not. Blocks
-//     know nothing of each other but what was fenced: what a thread wrote before a fence is visible
-//     after one that comes later.
+//     know nothing of each other but what is handed over: by a fence and then an atomicAdd, to who
+//     adds to the same word later and then has a fence too.
 //
 // Not modelled: weak memory between blocks, timing, occupancy, contraction to FMA.
 #pragma once
@@ -80,7 +80,9 @@ Array& shared_array(const void* site) {
   return *static_cast<Array*>(shared_memory(site, sizeof(Array)));
 }
 
+// What hands over from block to block, under TSan.
 void fence();
+void touch_atomic(void* address);
 
 Error run_grid(unsigned grid, unsigned block, std::size_t dynamic_shared_bytes,
                const std::function<void()>& thread);
@@ -235,14 +237,17 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, RT_HERE) {
 
 #undef RT_HERE
 
-// Relaxed, as on the GPU: no two threads race on the word, and nothing else is ordered.
+// Relaxed, as on the GPU: no two threads race on the word, and only fences order anything else.
 inline int atomicAdd(int* address, int value) {
+  rt::host::touch_atomic(address);
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  rt::host::touch_atomic(address);
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
+  rt::host::touch_atomic(address);
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 // Whole because fibers switch at meetings only.

@@ -21,7 +21,8 @@ extern "C" int drive(void** arrays) {
     return rt::launch(misuse, 1, 32, 0, nullptr, static_cast<Misuse>(-1 - arguments[0]));
   }
   if (arguments[2] == 0) {
-    constexpr decltype(&sum<Bug::kNone>) kSums[] = {sum<Bug::kNone>, sum<Bug::kMissingFence>,
+    constexpr decltype(&sum<Bug::kNone>) kSums[] = {sum<Bug::kNone>, sum<Bug::kMissingFenceBefore>,
+                                                    sum<Bug::kMissingFenceAfter>,
                                                     sum<Bug::kMissingBarrierBeforeFence>};
     return kSums[arguments[0]](arrays, arguments[1]);
   }

@@ -18,7 +18,8 @@ enum class Bug {
   kPastDynamicArray,
   kShuffleAsFence,
   kBlocksShareRow,
-  kMissingFence,
+  kMissingFenceBefore,
+  kMissingFenceAfter,
   kMissingBarrierBeforeFence,
 };
 
@@ -65,9 +66,9 @@ RT_GLOBAL void RT_LAUNCH_BOUNDS(kThreads)
   numbers[mine] = rows[mine];
   if (kBug != Bug::kMissingBarrierBeforeFence) __syncthreads();
   if (threadIdx.x == 0) {
-    if (kBug != Bug::kMissingFence) __threadfence();
+    if (kBug != Bug::kMissingFenceBefore) __threadfence();
     *before = atomicAdd(arrivals, 1u);
-    if (kBug != Bug::kMissingFence) __threadfence();
+    if (kBug != Bug::kMissingFenceAfter) __threadfence();
   }
   __syncthreads();
   if (*before != gridDim.x - 1 || threadIdx.x != 0) return;
