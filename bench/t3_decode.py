@@ -48,6 +48,7 @@ from chatterbox_fast.testing import VOICE_PROMPT, random_model, random_t3
 
 START, TEXT = 6561, torch.tensor([[255, *range(3, 60), 0]])
 Step = Callable[[], Any]
+ROUNDS = 4
 
 
 @dataclass
@@ -63,9 +64,26 @@ class Result:
     bytes: int
     share_of_read_bandwidth: float
 
-    @property
-    def tokens_per_second(self) -> float:
-        return 1e6 / self.median_us
+    def __str__(self) -> str:
+        return (
+            f"{self.variant} @ {self.positions}: {1e6 / self.median_us:.1f} tokens/s, "
+            f"{self.median_us:.0f} us, {self.dispatched} ops, {self.share_of_read_bandwidth:.0%}"
+        )
+
+
+def summary(
+    name: str,
+    positions: int,
+    dispatched: int | None,
+    bytes_: int,
+    samples: list[float],
+    bandwidth: float,
+) -> Result:
+    """A variant's samples (microseconds) in figures."""
+    median = statistics.median(samples)
+    cuts = statistics.quantiles(samples, n=5)
+    share = bytes_ / (median * 1e-6) / bandwidth
+    return Result(name, positions, median, cuts[0], cuts[3], dispatched, bytes_, share)
 
 
 class StockStep:
@@ -190,25 +208,28 @@ def _without_graphs(t3: Any, options: Options, positions: int, room: int) -> Our
         del os.environ["CHATTERBOX_FAST_GRAPHS"]
 
 
-def measure(step: Any, steps: int, device: torch.device) -> dict[str, Any]:
-    """Microseconds of a step, and what it dispatches."""
+def operations(step: Any) -> int | None:
+    """How many ops a step dispatches, where that can be counted; warms it up."""
     for _ in range(3):
         step()
-    count = None
-    if step.countable:
-        with Dispatched() as dispatched:
-            step()
-        count = dispatched.count
-    samples = []
-    for _ in range(steps):
-        start = _now(device)
+    if not step.countable:
+        return None
+    with Dispatched() as dispatched:
         step()
-        samples.append(1e6 * (_now(device) - start))
-    cuts = statistics.quantiles(samples, n=5)
-    return {
-        "median_us": statistics.median(samples), "p20_us": cuts[0], "p80_us": cuts[3],
-        "dispatched": count, "bytes": step.bytes,
-    }  # fmt: skip
+    return dispatched.count
+
+
+def measure(steps: dict[str, Any], count: int, device: torch.device) -> dict[str, list[float]]:
+    """Microseconds of `count` steps of each, in rounds: what disturbs the machine disturbs all."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            step()  # the caches are another's
+            for _ in range(-(-count // ROUNDS)):
+                start = _now(device)
+                step()
+                samples[name].append(1e6 * (_now(device) - start))
+    return samples
 
 
 def _now(device: torch.device) -> float:
@@ -257,25 +278,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     t3 = random_t3("english", arguments.size).to(device)
     bandwidth = read_bandwidth(device)
     results, failures = [], {}
-    for name, make in variants(t3):
-        if arguments.only and not any(part in name for part in arguments.only):
-            continue
-        for positions in arguments.positions:
+    makers = [
+        (name, make)
+        for name, make in variants(t3)
+        if not arguments.only or any(part in name for part in arguments.only)
+    ]
+    for positions in arguments.positions:
+        steps, counts = {}, {}
+        for name, make in makers:
             try:
-                step = make(positions, arguments.steps + 8)
-                found = measure(step, arguments.steps, device)
+                step = make(positions, arguments.steps + 4 + 2 * ROUNDS)
+                counts[name] = operations(step)
+                steps[name] = step
             except Exception as error:  # what does not run is reported, and the rest goes on
                 failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
                 print(f"{name}: {failures[name]}", flush=True)
-                break
-            share = found["bytes"] / (found["median_us"] * 1e-6) / bandwidth
-            results.append(Result(name, positions, share_of_read_bandwidth=share, **found))
-            print(
-                f"{name} @ {positions}: {results[-1].tokens_per_second:.1f} tokens/s, "
-                f"{found['median_us']:.0f} us, {found['dispatched']} ops, {share:.0%}",
-                flush=True,
-            )
-            del step
+        for name, samples in measure(steps, arguments.steps, device).items():
+            result = summary(name, positions, counts[name], steps[name].bytes, samples, bandwidth)
+            print(result, flush=True)
+            results.append(result)
     return {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit_id(),
