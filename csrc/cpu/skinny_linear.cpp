@@ -3,7 +3,7 @@
 //
 // A thread takes a range of outputs, one or two at a time: each vector of weights that it loads
 // serves all rows of x. Narrow weights are widened on the way:
-// - bfloat16 to float, by a shift; other types without a path of their own, row by row, before;
+// - bfloat16 to float; other types without a path of their own, all at once, before;
 // - int8 to 16 bits; x is rounded to 15 bits with one scale a row, and products are summed as
 //   integers, in runs short enough for 32 bits. The error is below that of rounding x to bfloat16.
 // Sums are float (int8: exact within a run). The result does not depend on the number of threads.
@@ -48,34 +48,55 @@ CBF_INLINE void prefetch(const W* weight) {
   __builtin_prefetch(reinterpret_cast<const char*>(weight) + Reading<W>::kAhead);
 }
 
-CBF_INLINE Floats load_wide(const float* from) { return load<Floats>(from); }
-
-CBF_INLINE Floats load_wide(const at::BFloat16* from) {
-  return (Floats)(__builtin_convertvector(load<HalfWords>(from), Words) << 16);
-}
-
 // y[m][r] = sum over k of x[m][k] weight[r][k], for kRows rows of x and kOut of weight.
-template <int kRows, int kOut, typename W>
-CBF_INLINE void dot(const float* x, const W* weight, int64_t inputs, float (&y)[kRows][kOut]) {
+template <int kRows, int kOut>
+CBF_INLINE void dot(const float* x, const float* weight, int64_t inputs, float (&y)[kRows][kOut]) {
   Floats sums[kRows][kOut] = {};
   const int64_t whole = inputs / kLanes * kLanes;
   for (int64_t k = 0; k < whole; k += kLanes) {
-    Floats wide[kOut];
+    Floats w[kOut];
     for (int r = 0; r < kOut; ++r) {
       prefetch(weight + r * inputs + k);
-      wide[r] = load_wide(weight + r * inputs + k);
+      w[r] = load<Floats>(weight + r * inputs + k);
     }
     for (int m = 0; m < kRows; ++m) {
       const auto own = load<Floats>(x + m * inputs + k);
-      for (int r = 0; r < kOut; ++r) sums[m][r] += own * wide[r];
+      for (int r = 0; r < kOut; ++r) sums[m][r] += own * w[r];
     }
   }
   for (int m = 0; m < kRows; ++m) {
     for (int r = 0; r < kOut; ++r) {
       y[m][r] = sum(sums[m][r]);
       for (int64_t k = whole; k < inputs; ++k) {
-        y[m][r] += x[m * inputs + k] * static_cast<float>(weight[r * inputs + k]);
+        y[m][r] += x[m * inputs + k] * weight[r * inputs + k];
       }
+    }
+  }
+}
+
+// The same for bfloat16 weights, one output at a time. Pairs come apart with a shift and a mask; of
+// every kPairs of x the even ones come first.
+constexpr int64_t kPairs = 2 * kLanes;
+
+template <int kRows, int kOut>
+CBF_INLINE void dot(const float* x, const at::BFloat16* weight, int64_t inputs,
+                    float (&y)[kRows][kOut]) {
+  static_assert(kOut == 1);
+  Floats even_sums[kRows] = {}, odd_sums[kRows] = {};
+  const int64_t whole = inputs / kPairs * kPairs;
+  for (int64_t k = 0; k < whole; k += kPairs) {
+    prefetch(weight + k);
+    const auto pairs = load<Words>(weight + k);
+    const auto even = (Floats)(pairs << 16), odd = (Floats)(pairs & 0xffff0000u);
+    for (int m = 0; m < kRows; ++m) {
+      even_sums[m] += load<Floats>(x + m * inputs + k) * even;
+      odd_sums[m] += load<Floats>(x + m * inputs + k + kLanes) * odd;
+    }
+  }
+  for (int m = 0; m < kRows; ++m) {
+    y[m][0] = sum(even_sums[m] + odd_sums[m]);
+    for (int64_t k = whole; k < inputs; ++k) {
+      y[m][0] += x[m * inputs + k] * static_cast<float>(weight[k]);
     }
   }
 }
@@ -195,15 +216,28 @@ void by_float(const at::Tensor& x, const at::Tensor& weight, const SkinnyLinearS
   compute_in_parallel(job, sizes.rows);
 }
 
+// x in the order that bfloat16 weights come apart in; what is over stays as it is.
+CBF_FOR_EVERY_CPU void take_apart(const float* x, int64_t rows, int64_t inputs, float* apart) {
+  for (int64_t m = 0; m < rows; ++m, x += inputs, apart += inputs) {
+    int64_t k = 0;
+    for (; k + kPairs <= inputs; k += kPairs) {
+      const auto low = load<Floats>(x + k), high = load<Floats>(x + k + kLanes);
+      const Floats even = CBF_SHUFFLE(low, high, 0, 2, 4, 6, 8, 10, 12, 14);
+      const Floats odd = CBF_SHUFFLE(low, high, 1, 3, 5, 7, 9, 11, 13, 15);
+      std::memcpy(apart + k, &even, sizeof even);
+      std::memcpy(apart + k + kLanes, &odd, sizeof odd);
+    }
+    std::copy(x + k, x + inputs, apart + k);
+  }
+}
+
 void by_bfloat16(const at::Tensor& x, const at::Tensor& weight, const SkinnyLinearSizes& sizes,
                  float* y) {
-  const Job<float, at::BFloat16> job = {x.const_data_ptr<float>(),
-                                        weight.const_data_ptr<at::BFloat16>(),
-                                        nullptr,
-                                        nullptr,
-                                        y,
-                                        sizes.inputs,
-                                        sizes.outputs};
+  std::vector<float> apart(sizes.rows * sizes.inputs);
+  take_apart(x.const_data_ptr<float>(), sizes.rows, sizes.inputs, apart.data());
+  const Job<float, at::BFloat16> job = {
+      apart.data(), weight.const_data_ptr<at::BFloat16>(), nullptr, nullptr, y, sizes.inputs,
+      sizes.outputs};
   compute_in_parallel(job, sizes.rows);
 }
 

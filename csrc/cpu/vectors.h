@@ -3,7 +3,7 @@
 //   CBF_FOR_EVERY_CPU   before a function: one source, a clone for each instruction set; the loader
 //                       takes the best one there is
 //   CBF_INLINE          before what such a function calls, which must be compiled into the clone
-//   Floats, Words, HalfWords   8 lanes of 32, 32 and 16 bits; all arithmetic is lane by lane
+//   Floats, Words       8 lanes; all arithmetic is lane by lane
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,6 @@ namespace chatterbox_fast {
 constexpr int kLanes = 8;
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
-using HalfWords = uint16_t __attribute__((vector_size(2 * kLanes)));
 
 template <typename Vector>
 CBF_INLINE Vector load(const void* from) {
