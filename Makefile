@@ -24,8 +24,10 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
+# A process each for JOBS files at a time: tests are too small to gain from threads.
+JOBS ?= 2
 pytest: $(VENV)/.ready
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # 200 tokens by a full-size T3, stock against ours: minutes on a CPU.
 test-full-size: $(VENV)/.ready
