@@ -1,4 +1,5 @@
-"""skinny_linear against F.linear, eager and compiled, at T3's shapes: pytest bench --benchmark-only
+"""skinny_linear against transformers' layer around F.linear, eager and compiled, at T3's shapes and
+with what T3 has it do before and after the product: pytest bench --benchmark-only
 
 Every call reads other weights than the one before, as a decode step does: on a CPU there are copies
 enough that no cache holds them, on a GPU the L2 cache is overwritten.
@@ -8,29 +9,43 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timing import measure
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from chatterbox_fast import dispatch, ops
 from chatterbox_fast.reference import skinny_linear as in_float32
 
 ROWS = 2  # conditional and unconditional
-LINEARS = {
-    "qkv": (1024, 3072),
-    "attention out": (1024, 1024),
-    "gate and up": (1024, 8192),
-    "down": (4096, 1024),
-    "head": (1024, 8194),
-    "head of Turbo": (1024, 6563),
+EPS = 1e-5
+
+
+class Layer(NamedTuple):
+    """A linear layer, and whether T3 normalises before, gates, and adds a residual."""
+
+    inputs: int
+    outputs: int
+    norm: bool = False
+    gated: bool = False
+    residual: bool = False
+
+
+LAYERS = {
+    "norm, qkv": Layer(1024, 3072, norm=True),
+    "attention out, residual": Layer(1024, 1024, residual=True),
+    "norm, gate and up": Layer(1024, 4096, norm=True, gated=True),
+    "down, residual": Layer(4096, 1024, residual=True),
+    "norm, head": Layer(1024, 8194, norm=True),
+    "head of Turbo": Layer(1024, 6563),
 }
 CASES = {
-    f"{name} {inputs}->{outputs}, {str(dtype).removeprefix('torch.')}": (inputs, outputs, dtype)
-    for name, (inputs, outputs) in LINEARS.items()
+    f"{name} {layer.inputs}->{layer.outputs}, {str(dtype).removeprefix('torch.')}": (layer, dtype)
+    for name, layer in LAYERS.items()
     for dtype in (torch.bfloat16, torch.float32, torch.int8)
 }
 _BEYOND_CACHES = 256 * 2**20
@@ -39,9 +54,15 @@ _BEYOND_CACHES = 256 * 2**20
 class Linear:
     """Copies of one layer's weights, and two rows that are multiplied by each in turn."""
 
-    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, layer: Layer, dtype: torch.dtype, device: torch.device):
+        inputs, outputs = layer.inputs, layer.outputs * (1 + layer.gated)
         source = torch.Generator().manual_seed(1)
+        self.layer = layer
         self.x = torch.randn(ROWS, inputs, generator=source).to(device)
+        self.norm = torch.rand(inputs, generator=source).to(device) if layer.norm else None
+        self.residual = None
+        if layer.residual:
+            self.residual = torch.randn(ROWS, outputs, generator=source).to(device)
         self.scale = None
         if dtype == torch.int8:
             weight = torch.randint(-127, 128, (outputs, inputs), generator=source, dtype=dtype)
@@ -69,17 +90,39 @@ def in_turn(function: Callable[[Any], Tensor], weights: list[Any]) -> Callable[[
 
 
 def stock_of(linear: Linear) -> tuple[Callable[[Any], Tensor], list[Any]]:
-    """F.linear in the weights' dtype. For int8 torch's dynamic int8 as its module calls it; where
-    there is none, on CUDA, F.linear in bfloat16."""
-    x, weights = linear.x, linear.weights
-    if linear.scale is None:
-        narrow = x.to(weights[0].dtype)
-        return lambda weight: F.linear(narrow, weight).to(x.dtype), weights
-    if x.is_cuda:
-        narrow = x.bfloat16()
-        wide = [(weight * linear.scale[:, None]).bfloat16() for weight in weights]
-        return lambda weight: F.linear(narrow, weight).to(x.dtype), wide
-    return lambda weight: torch.ops.quantized.linear_dynamic(x, weight, True), linear.packed()
+    """Stock's modules, all in the weights' dtype. For int8 torch's dynamic int8 as its module calls
+    it, in float32; where there is none, on CUDA, bfloat16."""
+    weights: list[Any] = linear.weights
+    dtype, product = weights[0].dtype, F.linear
+    if linear.scale is not None and linear.x.is_cuda:
+        dtype = torch.bfloat16
+        weights = [(weight * linear.scale[:, None]).to(dtype) for weight in weights]
+    elif linear.scale is not None:
+        dtype, weights = torch.float32, linear.packed()
+
+        def product(x: Tensor, weight: Any) -> Tensor:
+            return torch.ops.quantized.linear_dynamic(x, weight, True)
+
+    return around(linear, product, dtype), weights
+
+
+def around(linear: Linear, product: Any, dtype: torch.dtype) -> Callable[[Any], Tensor]:
+    """`product` with norm, gate and residual as transformers computes them in `dtype`."""
+    x, layer, norm, residual = linear.x.to(dtype), linear.layer, None, None
+    if linear.norm is not None:
+        norm = LlamaRMSNorm(layer.inputs, EPS)
+        norm.weight = torch.nn.Parameter(linear.norm.to(dtype), requires_grad=False)
+    if linear.residual is not None:
+        residual = linear.residual.to(dtype)
+
+    def function(weight: Any) -> Tensor:
+        y = product(x if norm is None else norm(x), weight)
+        if layer.gated:
+            gate, up = y.chunk(2, dim=-1)
+            y = F.silu(gate) * up
+        return y if residual is None else residual + y
+
+    return function
 
 
 def stock(linear: Linear) -> Callable[[], Tensor]:
@@ -93,18 +136,23 @@ def stock_compiled(linear: Linear) -> Callable[[], Tensor]:
     return in_turn(torch.compile(function, dynamic=False), weights)
 
 
+def ours(linear: Linear, op: Callable[..., Tensor]) -> Callable[[], Tensor]:
+    more, named = (linear.norm, linear.residual), {"eps": EPS, "gated": linear.layer.gated}
+    return in_turn(
+        lambda weight: op(linear.x, weight, linear.scale, *more, **named), linear.weights
+    )
+
+
 def extension(linear: Linear) -> Callable[[], Tensor]:
-    op = ops.skinny_linear_by("extension")
-    return in_turn(lambda weight: op(linear.x, weight, linear.scale), linear.weights)
+    return ours(linear, ops.skinny_linear_by("extension"))
 
 
 def triton(linear: Linear) -> Callable[[], Tensor]:
-    op = ops.skinny_linear_by("triton")
-    return in_turn(lambda weight: op(linear.x, weight, linear.scale), linear.weights)
+    return ours(linear, ops.skinny_linear_by("triton"))
 
 
 def reference(linear: Linear) -> Callable[[], Tensor]:
-    return in_turn(lambda weight: in_float32(linear.x, weight, linear.scale), linear.weights)
+    return ours(linear, in_float32)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -126,8 +174,8 @@ def bench_skinny_linear(benchmark: Any, device: torch.device, case: str, make: A
 def verify(linear: Linear, call: Callable[[], Tensor]) -> None:
     """What is timed is right, to the precision of the coarsest: 7 bits of x."""
     weight = linear.weights[0].double()
-    expected = linear.x.double() @ weight.T
     if linear.scale is not None:
-        expected *= linear.scale
+        weight = weight * linear.scale.double()[:, None]
+    expected = around(linear, F.linear, torch.float64)(weight)
     for _ in range(3):
         assert (call() - expected).abs().max() < 0.05 * expected.abs().max()

@@ -204,12 +204,20 @@ def _row_by_row(
 
 
 def skinny_linear(
-    x: Tensor, weight: Tensor, scale: Tensor | None = None, *, backend: Backend = "auto"
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    gated: bool = False,
+    backend: Backend = "auto",
 ) -> Tensor:
     """``x @ weight.T`` for a few rows: reads the weights once, in the dtype they are stored in.
 
     Args:
-        x, weight, scale: see `reference.skinny_linear`.
+        x, weight, scale, norm, residual, eps, gated: see `reference.skinny_linear`.
         backend: which implementation to prefer, see `dispatch.choose`.
 
     Returns:
@@ -219,10 +227,11 @@ def skinny_linear(
         RuntimeError: an argument of another shape, dtype or device than documented.
     """
     choice = dispatch.choose("skinny_linear", x.device, backend, x.dtype)
-    return skinny_linear_by(choice.backend)(x, weight, scale)
+    kernel = skinny_linear_by(choice.backend)
+    return kernel(x, weight, scale, norm, residual, eps=eps, gated=gated)
 
 
-def skinny_linear_by(backend: str) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+def skinny_linear_by(backend: str) -> Callable[..., Tensor]:
     """skinny_linear by a backend that `dispatch.choose` named, for callers that choose once."""
     if backend == "extension":
         return torch.ops.chatterbox_fast.skinny_linear.default
@@ -305,8 +314,17 @@ if dispatch.extension_has("cfg_sample"):
 if dispatch.extension_has("skinny_linear"):
 
     @torch.library.register_fake("chatterbox_fast::skinny_linear")
-    def _skinny_linear_fake(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-        return x.new_empty(x.shape[0], weight.shape[0])
+    def _skinny_linear_fake(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None = None,
+        norm: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        eps: float = 0.0,
+        gated: bool = False,
+    ) -> Tensor:
+        return x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
 
 
 if dispatch.extension_has("decode_attention"):

@@ -57,15 +57,19 @@ def _failed_self_test(backend: str, device: torch.device) -> str | None:
     A wheel may have been built for another GPU, or run on a CPU that nobody tried.
     """
     source = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 96, generator=source).to(device) for n in (2, 33))
-    scale = torch.full((33,), 0.01, device=device)
+    x, weight = (torch.randn(n, 96, generator=source).to(device) for n in (2, 66))
+    norm = torch.rand(96, generator=source).to(device)
+    residual = torch.randn(2, 33, generator=source).to(device)
+    scale = torch.full((66,), 0.01, device=device)
     kernel = ops.skinny_linear_by(backend)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
         stored = (30 * weight).round().to(dtype) if dtype == torch.int8 else weight.to(dtype)
         row_scale = scale if dtype == torch.int8 else None
-        expected = reference.skinny_linear(x, stored, row_scale)
+        call = (x, stored, row_scale, norm, residual)
+        expected = reference.skinny_linear(*call, eps=1e-5, gated=True)
         try:
-            close = torch.allclose(kernel(x, stored, row_scale), expected, rtol=1e-3, atol=1e-3)
+            own = kernel(*call, eps=1e-5, gated=True)
+            close = torch.allclose(own, expected, rtol=1e-3, atol=1e-3)
         except RuntimeError as failure:
             return f"skinny_linear raises: {str(failure).splitlines()[0]}"
         if not close:

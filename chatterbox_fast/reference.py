@@ -193,20 +193,47 @@ def _keep_top_p(scores: Tensor, one_minus_top_p: Tensor) -> Tensor:
     return scores.masked_fill(remove.scatter(-1, order, remove).flip(-1), -float("inf"))
 
 
-def skinny_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """``x @ weight.T``, computed in float32 whatever the weights are stored in.
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Llama's RMSNorm over the last dimension, in x's dtype."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def gated_silu(both: Tensor) -> Tensor:
+    """Llama's gated activation: ``silu(gate) * up`` of gate and up side by side."""
+    gate, up = both.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def skinny_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    gated: bool = False,
+) -> Tensor:
+    """``x @ weight.T`` and what a Llama layer does before and after, in float32.
 
     Args:
         x: ``(M, K)`` float32, float16 or bfloat16, M at most 8.
-        weight: ``(N, K)`` float32, float16, bfloat16, or int8 with `scale`.
-        scale: ``(N,)`` float32: row n of an int8 weight is ``scale[n] * weight[n]``.
+        weight: ``(N, K)`` float32, float16, bfloat16, or int8 with `scale`; where `gated`,
+            ``(2 N, K)`` with the gate first.
+        scale: ``(N,)`` (``(2 N,)``) float32: row n of an int8 weight is ``scale[n] * weight[n]``.
+        norm: ``(K,)`` float32: x is RMS-normalised before, with `eps`, and multiplied with this.
+        residual: ``(M, N)`` in x's dtype, added to the result.
+        gated: the product is gated: ``silu(gate) * up``.
 
     Returns:
         ``(M, N)`` in x's dtype. The CPU kernel rounds x to 15 bits for an int8 weight.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = F.linear(x.to(wide), weight.to(wide))
-    return (y if scale is None else y * scale).to(x.dtype)
+    own = x.to(wide) if norm is None else rms_norm(x.to(wide), norm.to(wide), eps)
+    y = F.linear(own, weight.to(wide))
+    y = y if scale is None else y * scale
+    y = gated_silu(y) if gated else y
+    return (y if residual is None else residual + y).to(x.dtype)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ TORCH_LIBRARY(chatterbox_fast, library) {
       "cfg_sample(Tensor logits, Tensor(a!) seen, Tensor params, Tensor(b!) flags, "
       "Tensor(c!)? philox=None, Tensor? stop_action=None, Generator? generator=None, *, "
       "int stop_token, bool turbo=False, int forget=-1, int philox_threads=0) -> Tensor");
-  library.def("skinny_linear(Tensor x, Tensor weight, Tensor? scale=None) -> Tensor");
+  library.def(
+      "skinny_linear(Tensor x, Tensor weight, Tensor? scale=None, Tensor? norm=None, "
+      "Tensor? residual=None, *, float eps=0., bool gated=False) -> Tensor");
   library.def(
       "decode_attention(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position, "
       "Tensor(c!) flags, Tensor? cos=None, Tensor? sin=None, Tensor? watched=None, "

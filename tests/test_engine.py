@@ -445,3 +445,12 @@ def test_originals_wait_on_the_host_and_come_back(english: Any) -> None:
     for name, value in model.t3.state_dict().items():
         assert value.device == devices[name], name
         assert torch.equal(value, before[name]), name
+
+
+def test_a_request_that_no_cache_holds_is_refused() -> None:
+    """All that precedes the tokens counts."""
+    runner.check_length(4000, 4192)
+    with pytest.raises(
+        ValueError, match="max_new_tokens must be at most 4192 after 4000 positions"
+    ):
+        runner.check_length(4000, 4193)

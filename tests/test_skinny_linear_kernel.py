@@ -11,6 +11,7 @@ import pytest
 import torch
 from host_cuda import build
 from test_skinny_linear import FLOATING, T3, WEIGHTS, Call, check_error, random_call, whole_call
+from test_skinny_linear_fused import EPS, PARTS, Fused, random_fused, some_fused
 from toolkit import ARCHS, compile_kernels
 from torch import Tensor
 
@@ -20,18 +21,25 @@ VECTOR = {dtype: 16 // dtype.itemsize for dtype in WEIGHTS}
 """Weights that one load takes."""
 
 
-def by_kernel(call: Call, offset: int = 0, **run: Any) -> Tensor:
+def by_kernel(call: Call | Fused, offset: int = 0, **run: Any) -> Tensor:
     """The result of the kernel; x and weight lie `offset` elements past an aligned address."""
-    rows, inputs = call.x.shape
-    outputs = len(call.weight)
-    sizes = [rows, inputs, outputs, DTYPES[call.x.dtype], DTYPES[call.weight.dtype], offset]
-    y = torch.full((rows, outputs), -99.0, dtype=call.x.dtype)
-    scale = torch.zeros(0) if call.scale is None else call.scale
+    fused = call if isinstance(call, Fused) else Fused(call, None, None, False)
+    (x, weight, scale), norm, residual, gated = fused
+    shape = (len(x), len(weight) // (1 + gated))
+    sizes = [len(x), x.shape[1], shape[1], DTYPES[x.dtype], DTYPES[weight.dtype], offset]
+    sizes += [norm is not None, residual is not None, gated]
+    y = torch.full(shape, -99.0, dtype=x.dtype)
     arrays = [np.array(sizes, np.int64)]
-    arrays += [aligned(tensor, offset) for tensor in (call.x, call.weight)]
-    arrays += [scale.numpy(), bits_of(y).numpy()]
+    arrays += [aligned(tensor, offset) for tensor in (x, weight)]
+    arrays += [numpy_of(scale), bits_of(y).numpy(), numpy_of(norm), numpy_of(residual)]
+    arrays += [np.array([EPS], np.float32)]
     assert build.run(DRIVER, arrays, **run) == build.Outcome()
     return y
+
+
+def numpy_of(tensor: Tensor | None) -> np.ndarray:
+    """The same memory; nothing where there is no tensor."""
+    return np.zeros(0, np.float32) if tensor is None else bits_of(tensor).numpy()
 
 
 def bits_of(tensor: Tensor) -> Tensor:
@@ -99,6 +107,30 @@ def test_the_same_bits_in_every_order(inputs: int, weight_dtype: torch.dtype) ->
     for row in range(3):
         alone = call._replace(x=call.x[row : row + 1])
         assert torch.equal(by_kernel(alone), first[row : row + 1])
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+@pytest.mark.parametrize("weight_dtype", WEIGHTS)
+def test_norm_gate_and_residual(weight_dtype: torch.dtype, parts: tuple[bool, bool, bool]) -> None:
+    for shape, dtype in zip(((2, 1024, 9), (3, 100, 17), (8, 33, 5)), FLOATING, strict=True):
+        calls = some_fused(shape, parts, dtype, weight_dtype)
+        check_error([(call, by_kernel(call, order="shuffled")) for call in calls], Fused.by_float)
+
+
+def test_every_dtype_has_norm_gate_and_residual() -> None:
+    for dtype in FLOATING:
+        for weight_dtype in WEIGHTS:
+            calls = some_fused((2, 64, 9), (True, True, True), dtype, weight_dtype)
+            check_error([(call, by_kernel(call)) for call in calls], Fused.by_float)
+
+
+def test_a_nan_stays_in_its_row_of_x() -> None:
+    fused = random_fused((3, 64, 5), (True, True, True))
+    clean = by_kernel(fused)
+    fused.x[1, 5] = float("nan")
+    y = by_kernel(fused)
+    assert y[1].isnan().all()
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -191,7 +223,8 @@ def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
     for body in ptx.split(".entry ")[1:]:
         if DECODE.match(body.partition("linear_")[2]):
             loads = re.findall(r"ld\.global\S*", body)
-            assert [load for load in loads if ".v4." not in load] == ["ld.global.f32"], "a scale"
+            single = [load for load in loads if ".v4." not in load]
+            assert single == 2 * ["ld.global.f32"], "a scale and a residual"
             assert len(loads) - sum(load.endswith("f32") for load in loads) in (0, 18), (
                 "of bfloat16"
             )

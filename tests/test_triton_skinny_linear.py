@@ -25,6 +25,7 @@ from test_skinny_linear import (
     some_calls,
     whole_call,
 )
+from test_skinny_linear_fused import PARTS, Fused, on, random_fused, some_fused
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
@@ -32,10 +33,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def by_twin(call: Call) -> Tensor:
+def by_twin(call: Call | Fused) -> Tensor:
     from chatterbox_fast.triton_kernels.skinny_linear import skinny_linear
 
-    return skinny_linear(*call)
+    return call.run(skinny_linear) if isinstance(call, Fused) else skinny_linear(*call)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,23 @@ def test_results_are_rounded_to_the_nearest(interpreted: Any) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         call = random_call((8, 100, 40), dtype)
         check_error([(call, interpreted(call))])
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+def test_norm_gate_and_residual(interpreted: Any, parts: tuple[bool, bool, bool]) -> None:
+    for weight_dtype, dtype in zip(WEIGHTS, (*FLOATING, torch.float32), strict=True):
+        for shape in ((2, 1024, 9), (3, 100, 17), (1, 1, 1)):
+            calls = some_fused(shape, parts, dtype, weight_dtype)
+            check_error([(call, interpreted(call)) for call in calls], Fused.by_float)
+
+
+def test_a_nan_stays_in_its_row_of_x(interpreted: Any) -> None:
+    fused = random_fused((3, 100, 5), (True, True, True))
+    clean = interpreted(fused)
+    fused.x[1, 99] = float("nan")
+    y = interpreted(fused)
+    assert y[1].isnan().all()
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
 
 
 @pytest.mark.parametrize("shape", [(0, 16, 5), (2, 16, 0), (2, 0, 5)], ids=str)
@@ -124,6 +142,24 @@ def test_arguments_are_checked(change: dict[str, Any], message: str) -> None:
         by_twin(Call(**{**arguments, **change}))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": torch.zeros(5)}, r"norm must be \(6,\), got \(5,\)"),
+        ({"norm": torch.zeros(6).half()}, "norm must be torch.float32, got torch.float16"),
+        ({"residual": torch.zeros(2, 5)}, r"residual must be \(2, 4\), got \(2, 5\)"),
+        ({"residual": torch.zeros(4, 2).T}, "residual must be contiguous, got strides"),
+        ({"weight": torch.zeros(3, 6), "gated": True}, r"weight must be \(2 N, K\), gate first"),
+    ],
+)
+def test_what_is_fused_is_checked(change: dict[str, Any], message: str) -> None:
+    from chatterbox_fast.triton_kernels.skinny_linear import skinny_linear
+
+    arguments = {"x": torch.zeros(2, 6), "weight": torch.zeros(4, 6)}
+    with pytest.raises(RuntimeError, match=f"chatterbox_fast::skinny_linear: {message}"):
+        skinny_linear(**{**arguments, **change})
+
+
 def kernel_and_options() -> tuple[Any, dict[str, int]]:
     from chatterbox_fast.triton_kernels import skinny_linear as twin
 
@@ -132,16 +168,19 @@ def kernel_and_options() -> tuple[Any, dict[str, int]]:
 
 @pytest.mark.parametrize("architecture", [89, 90])
 @pytest.mark.parametrize("weight", ["*fp32", "*bf16", "*i8"])
-def test_it_compiles(architecture: int, weight: str) -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_it_compiles(architecture: int, weight: str, gated: bool) -> None:
     """As at a decode step; weights are loaded 16 bytes at a time."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel, options = kernel_and_options()
-    types = {"x": "*fp32", "weight": weight, "y": "*fp32"}
+    types = {"x": "*fp32", "weight": weight, "y": "*fp32", "eps": "fp32"}
     types |= dict.fromkeys(("rows", "inputs", "outputs"), "i32")
-    constants: dict[str, Any] = {"ROWS": 2, "OUTPUTS": 4, "INPUTS": 1024}
+    constants: dict[str, Any] = {"ROWS": 2, "OUTPUTS": 4, "INPUTS": 1024, "GATED": gated}
+    constants["residual" if gated else "norm"] = None  # as gate_up is called, and as down is
+    types["norm" if gated else "residual"] = "*fp32"
     if weight == "*i8":
         types["scale"] = "*fp32"
     else:
@@ -157,6 +196,18 @@ def test_it_compiles(architecture: int, weight: str) -> None:
     assert len(asm["cubin"]) > 0
     assert "ld.global.v4.b32" in asm["ptx"]
     assert "ld.global.b16" not in asm["ptx"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+@pytest.mark.parametrize("weight_dtype", WEIGHTS)
+def test_norm_gate_and_residual_on_a_gpu(
+    weight_dtype: torch.dtype, parts: tuple[bool, bool, bool]
+) -> None:
+    for dtype in FLOATING:
+        calls = some_fused((2, 1024, 48), parts, dtype, weight_dtype)
+        on_gpu = [by_twin(on(call, "cuda")).cpu() for call in calls]
+        check_error(list(zip(calls, on_gpu, strict=True)), Fused.by_float)
 
 
 @pytest.mark.gpu

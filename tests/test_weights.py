@@ -68,7 +68,7 @@ def test_narrow_weights_are_a_copy(tiny: Any, narrow: str, dtype: torch.dtype) -
     down = layer.mlp.down_proj.weight
     assert packed.prefill.layers[1].down.weight.data_ptr() == down.data_ptr()
     assert ours.down.weight.dtype == packed.decode.head.weight.dtype == dtype
-    assert ours.input_norm.dtype == packed.decode.speech_emb.dtype == torch.float32
+    assert ours.input_norm.weight.dtype == packed.decode.speech_emb.dtype == torch.float32
     fused = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]).detach()
     (gate_up,) = ours.gate_up
     (qkv,) = ours.qkv
@@ -138,9 +138,21 @@ def test_a_patch_that_cannot_pack_leaves_the_model_alone(
 
 def test_a_kernel_that_fails_its_self_test_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.skinny_linear_by("extension")
+
+    def wrong_with(dtype: torch.dtype) -> Any:
+        return lambda x, w, *rest, **how: right(x, w, *rest, **how) * (1 + (w.dtype == dtype) / 100)
+
+    def raises(x: Any, w: Any, _: Any, *rest: Any, **how: Any) -> Any:
+        return right(x, w, None, *rest, **how)
+
+    def no_norm(x: Any, w: Any, scale: Any, _: Any, *rest: Any, **how: Any) -> Any:
+        return right(x, w, scale, None, *rest, **how)
+
+    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
     for kernel, why in (
-        (lambda x, w, s: right(x, w, s) * 1.01, "wrong on this machine with torch.float32"),
-        (lambda x, w, _: right(x, w, None), "skinny_linear raises: chatterbox_fast::skinny_linear"),
+        *((wrong_with(dtype), f"wrong on this machine with {dtype}") for dtype in dtypes),
+        (no_norm, "wrong on this machine with torch.float32"),
+        (raises, "skinny_linear raises: chatterbox_fast::skinny_linear"),
     ):
         precision._failed_self_test.cache_clear()
         with monkeypatch.context() as patch:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, reference
-from .weights import LayerWeights, T3Weights, project
+from .projection import project
+from .weights import LayerWeights, T3Weights
 
 
 def decode_layer(
@@ -78,32 +79,19 @@ def prefill_layer(
 def _fused_qkv(layer: LayerWeights, x: Tensor) -> Tensor:
     """q, k and v ``(B, S, 3, H, D)`` of x ``(B, S, dim)``, not rotated."""
     rows, length, _ = x.shape
-    fused = project(layer.qkv, _norm(x, layer.input_norm, layer.eps))
-    return fused.view(rows, length, 3, layer.heads, -1)
+    return project(layer.qkv, x, layer.input_norm).view(rows, length, 3, layer.heads, -1)
 
 
 def _after_attention(layer: LayerWeights, x: Tensor, out: Tensor) -> Tensor:
     """The rest of the layer, from attention's output ``(B, S, H D)``."""
-    x = x + layer.o(out)
-    hidden = _norm(x, layer.post_norm, layer.eps)
-    gate, up = project(layer.gate_up, hidden).chunk(2, dim=-1)
-    return x + layer.down(F.silu(gate) * up)
-
-
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Llama's RMSNorm: one kernel on a GPU, where transformers launches six.
-
-    On a CPU torch composes it from more and slower operations than it takes.
-    """
-    if x.is_cuda:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    x = layer.o(out, residual=x)
+    hidden = project(layer.gate_up, x, layer.post_norm, gated=True)
+    return layer.down(hidden, residual=x)
 
 
 def last_logits(weights: T3Weights, hidden: Tensor) -> Tensor:
     """Logits ``(B, V)`` of the last position of ``(B, S, dim)``."""
-    last = _norm(hidden[:, -1], weights.norm, weights.eps)
-    return weights.head(last)
+    return weights.head(hidden[:, -1], weights.norm)
 
 
 class Layers(NamedTuple):

@@ -15,58 +15,24 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from ..precision import Precise
+from .projection import Norm, Projection, Projections
 from .support import head_dim, projection_weights
 
 
-class Projection(NamedTuple):
-    """A linear layer without bias.
-
-    `kernel` names what runs it for a few rows: a backend of `skinny_linear`, or ``"torch"``.
-    """
-
-    weight: Tensor  # (N, K), float or int8
-    scale: Tensor | None  # (N,) float32 of an int8 weight
-    kernel: str
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x @ weight.T`` over the last dimension of x, in x's dtype."""
-        if self.kernel != "torch" and x.numel() <= ops.MAX_SKINNY_ROWS * x.shape[-1]:
-            kernel, rows = ops.skinny_linear_by(self.kernel), x.reshape(-1, x.shape[-1])
-            return kernel(rows, self.weight, self.scale).view(*x.shape[:-1], -1)
-        if self.scale is None:
-            return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
-        half = torch.bfloat16
-        weight = self.weight.to(half) * self.scale.to(half)[:, None]
-        return F.linear(x.to(half), weight).to(x.dtype)
-
-
-Projections = tuple[Projection, ...]
-"""Layers that read the same input: fused into one, or one by one."""
-
-
-def project(projections: Projections, x: Tensor) -> Tensor:
-    """The outputs of all `projections`, side by side in the last dimension."""
-    if len(projections) == 1:
-        return projections[0](x)
-    return torch.cat([projection(x) for projection in projections], dim=-1)
-
-
 class LayerWeights(NamedTuple):
-    """One Llama layer; norms are ``(dim,)``."""
+    """One Llama layer."""
 
-    input_norm: Tensor
+    input_norm: Norm
     qkv: Projections
     o: Projection
-    post_norm: Tensor
+    post_norm: Norm
     gate_up: Projections
     down: Projection
     heads: int
-    eps: float
     attention: str  # the backend of decode_attention
 
 
@@ -74,8 +40,7 @@ class T3Weights(NamedTuple):
     """What prefill or a decode step reads."""
 
     layers: tuple[LayerWeights, ...]
-    norm: Tensor
-    eps: float
+    norm: Norm
     head: Projection  # (V, dim)
     speech_emb: Tensor  # (V, dim)
     speech_pos: Tensor  # (positions, dim)
@@ -156,8 +121,7 @@ def _gather(t3: Any, make: _Own | _Copied) -> T3Weights:
     tfmr, heads = t3.tfmr, t3.cfg.num_attention_heads
     return T3Weights(
         layers=tuple(_layer(layer, heads, make) for layer in tfmr.layers),
-        norm=tfmr.norm.weight.detach(),
-        eps=tfmr.norm.variance_epsilon,
+        norm=_norm(tfmr.norm),
         head=make(t3.speech_head.weight)[0],
         speech_emb=t3.speech_emb.weight.detach(),
         speech_pos=t3.speech_pos_emb.emb.weight.detach(),
@@ -169,18 +133,20 @@ def _gather(t3: Any, make: _Own | _Copied) -> T3Weights:
 
 def _layer(layer: Any, heads: int, make: _Own | _Copied) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
-    norm = layer.input_layernorm
     return LayerWeights(
-        input_norm=norm.weight.detach(),
+        input_norm=_norm(layer.input_layernorm),
         qkv=make(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
         o=make(attention.o_proj.weight)[0],
-        post_norm=layer.post_attention_layernorm.weight.detach(),
+        post_norm=_norm(layer.post_attention_layernorm),
         gate_up=make(mlp.gate_proj.weight, mlp.up_proj.weight),
         down=make(mlp.down_proj.weight)[0],
         heads=heads,
-        eps=norm.variance_epsilon,
         attention=make.attention,
     )
+
+
+def _norm(norm: Any) -> Norm:
+    return Norm(norm.weight.detach(), norm.variance_epsilon)
 
 
 def send_to_host(tfmr: Any) -> None:

@@ -6,6 +6,7 @@
 // - bfloat16 to float; other types without a path of their own, all at once, before;
 // - int8 to 16 bits; x is rounded to 15 bits with one scale a row, and products are summed as
 //   integers, in runs short enough for 32 bits. The error is below that of rounding x to bfloat16.
+// Before, the calling thread normalises x; after, it gates the outputs and adds the residual.
 // Sums are float (int8: exact within a run). The result does not depend on the number of threads.
 #include "skinny_linear.h"
 
@@ -204,18 +205,6 @@ CBF_FOR_EVERY_CPU void round_to_steps(const float* x, int64_t rows, int64_t inpu
   }
 }
 
-void by_float(const at::Tensor& x, const at::Tensor& weight, const SkinnyLinearSizes& sizes,
-              float* y) {
-  const Job<float, float> job = {x.const_data_ptr<float>(),
-                                 weight.const_data_ptr<float>(),
-                                 nullptr,
-                                 nullptr,
-                                 y,
-                                 sizes.inputs,
-                                 sizes.outputs};
-  compute_in_parallel(job, sizes.rows);
-}
-
 // x in the order that bfloat16 weights come apart in; what is over stays as it is.
 CBF_FOR_EVERY_CPU void take_apart(const float* x, int64_t rows, int64_t inputs, float* apart) {
   for (int64_t m = 0; m < rows; ++m, x += inputs, apart += inputs) {
@@ -231,47 +220,100 @@ CBF_FOR_EVERY_CPU void take_apart(const float* x, int64_t rows, int64_t inputs, 
   }
 }
 
-void by_bfloat16(const at::Tensor& x, const at::Tensor& weight, const SkinnyLinearSizes& sizes,
-                 float* y) {
-  std::vector<float> apart(sizes.rows * sizes.inputs);
-  take_apart(x.const_data_ptr<float>(), sizes.rows, sizes.inputs, apart.data());
-  const Job<float, at::BFloat16> job = {
-      apart.data(), weight.const_data_ptr<at::BFloat16>(), nullptr, nullptr, y, sizes.inputs,
-      sizes.outputs};
-  compute_in_parallel(job, sizes.rows);
+// x, each row over the root of its mean square, times norm.
+CBF_FOR_EVERY_CPU void normalise(const float* x, int64_t rows, int64_t inputs, const float* norm,
+                                 float eps, float* normed) {
+  const int64_t whole = inputs / kLanes * kLanes;
+  for (int64_t m = 0; m < rows; ++m, x += inputs, normed += inputs) {
+    Floats sums = {};
+    for (int64_t k = 0; k < whole; k += kLanes) sums += load<Floats>(x + k) * load<Floats>(x + k);
+    float squares = sum(sums);
+    for (int64_t k = whole; k < inputs; ++k) squares += x[k] * x[k];
+    const float size = 1.0f / std::sqrt(squares / static_cast<float>(inputs) + eps);
+    for (int64_t k = 0; k < inputs; ++k) normed[k] = x[k] * size * norm[k];
+  }
 }
 
-void by_int8(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
-             const SkinnyLinearSizes& sizes, float* y) {
-  std::vector<int16_t> steps(sizes.rows * sizes.inputs);
-  std::vector<float> step(sizes.rows);
-  round_to_steps(x.const_data_ptr<float>(), sizes.rows, sizes.inputs, steps.data(), step.data());
-  const Job<int16_t, int8_t> job = {steps.data(),
-                                    weight.const_data_ptr<int8_t>(),
-                                    step.data(),
-                                    scale.const_data_ptr<float>(),
-                                    y,
-                                    sizes.inputs,
-                                    sizes.outputs};
-  compute_in_parallel(job, sizes.rows);
+// silu(gate) up, of gate and up side by side.
+CBF_FOR_EVERY_CPU void gate(const float* both, int64_t rows, int64_t outputs, float* y) {
+  for (int64_t m = 0; m < rows; ++m, both += 2 * outputs, y += outputs) {
+    for (int64_t n = 0; n < outputs; n += kLanes) {
+      const size_t bytes = std::min<int64_t>(kLanes, outputs - n) * sizeof(float);
+      Floats own = {}, up = {};
+      std::memcpy(&own, both + n, bytes);
+      std::memcpy(&up, both + outputs + n, bytes);
+      const Floats small = exponential(own < 0.0f ? own : -own);  // e^-|own|
+      own = own * (own < 0.0f ? small : all(1.0f)) / (small + 1.0f) * up;
+      std::memcpy(y + n, &own, bytes);
+    }
+  }
 }
+
+CBF_FOR_EVERY_CPU void add(const float* residual, int64_t count, float* y) {
+  for (int64_t i = 0; i < count; ++i) y[i] += residual[i];
+}
+
+// The products of x (M, K) with all rows of weight.
+struct Products {
+  const float* x;
+  int64_t rows, inputs, outputs;  // outputs: rows of weight
+  float* y;
+
+  void by_float(const at::Tensor& weight) const {
+    const Job<float, float> job = {
+        x, weight.const_data_ptr<float>(), nullptr, nullptr, y, inputs, outputs};
+    compute_in_parallel(job, rows);
+  }
+
+  void by_bfloat16(const at::Tensor& weight) const {
+    std::vector<float> apart(rows * inputs);
+    take_apart(x, rows, inputs, apart.data());
+    const Job<float, at::BFloat16> job = {
+        apart.data(), weight.const_data_ptr<at::BFloat16>(), nullptr, nullptr, y, inputs, outputs};
+    compute_in_parallel(job, rows);
+  }
+
+  void by_int8(const at::Tensor& weight, const at::Tensor& scale) const {
+    std::vector<int16_t> steps(rows * inputs);
+    std::vector<float> step(rows);
+    round_to_steps(x, rows, inputs, steps.data(), step.data());
+    const Job<int16_t, int8_t> job = {steps.data(),
+                                      weight.const_data_ptr<int8_t>(),
+                                      step.data(),
+                                      scale.const_data_ptr<float>(),
+                                      y,
+                                      inputs,
+                                      outputs};
+    compute_in_parallel(job, rows);
+  }
+
+  void compute(const at::Tensor& weight, const std::optional<at::Tensor>& scale) const {
+    if (weight.scalar_type() == at::kChar) return by_int8(weight, *scale);
+    if (weight.scalar_type() == at::kBFloat16) return by_bfloat16(weight);
+    by_float(weight.to(at::kFloat));
+  }
+};
 
 at::Tensor skinny_linear(const at::Tensor& x, const at::Tensor& weight,
-                         const std::optional<at::Tensor>& scale) {
-  const SkinnyLinearSizes sizes = check_skinny_linear(x, weight, scale);
+                         const std::optional<at::Tensor>& scale,
+                         const std::optional<at::Tensor>& norm,
+                         const std::optional<at::Tensor>& residual, double eps, bool gated) {
+  const SkinnyLinearSizes sizes = check_skinny_linear(x, weight, scale, norm, residual, gated);
   const at::Tensor wide = x.to(at::kFloat);
   at::Tensor y = at::empty({sizes.rows, sizes.outputs}, wide.options());
-  float* out = y.mutable_data_ptr<float>();
-  switch (weight.scalar_type()) {
-    case at::kChar:
-      by_int8(wide, weight, *scale, sizes, out);
-      break;
-    case at::kBFloat16:
-      by_bfloat16(wide, weight, sizes, out);
-      break;
-    default:
-      by_float(wide, weight.to(at::kFloat), sizes, out);
+  std::vector<float> normed(norm ? sizes.rows * sizes.inputs : 0);
+  std::vector<float> both(gated ? 2 * sizes.rows * sizes.outputs : 0);
+  float* const out = y.mutable_data_ptr<float>();
+  Products products = {wide.const_data_ptr<float>(), sizes.rows, sizes.inputs, weight.size(0),
+                       gated ? both.data() : out};
+  if (norm) {
+    normalise(products.x, sizes.rows, sizes.inputs, norm->const_data_ptr<float>(),
+              static_cast<float>(eps), normed.data());
+    products.x = normed.data();
   }
+  products.compute(weight, scale);
+  if (gated) gate(both.data(), sizes.rows, sizes.outputs, out);
+  if (residual) add(residual->to(at::kFloat).const_data_ptr<float>(), y.numel(), out);
   return y.to(x.scalar_type());
 }
 

@@ -49,4 +49,24 @@ CBF_INLINE float sum(Floats vector) {
   return lanes[0];
 }
 
+CBF_INLINE Floats all(float x) { return Floats{} + x; }
+
+// exp(x) for x <= 0, to about one unit in the last place; 0 below the least normal number. Cephes'
+// polynomial over half a binary octave.
+CBF_INLINE Floats exponential(Floats x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds
+  const Floats shifted = x * 1.44269504f + kRound;
+  const Floats octaves = shifted - kRound;
+  const Floats rest = (x - octaves * 0.693359375f) + octaves * 2.12194440e-4f;
+  Floats y = all(1.9875691500e-4f);
+  for (const float c :
+       {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    y = y * rest + c;
+  }
+  y = y * (rest * rest) + rest + 1.0f;
+  const Words power = ((Words)shifted - 0x4b400000u + 127u) << 23;
+  const Words normal = ~(Words)(x < -87.3365f);  // NaN is kept
+  return (Floats)((Words)(y * (Floats)power) & normal);
+}
+
 }  // namespace chatterbox_fast

@@ -16,8 +16,10 @@ namespace chatterbox_fast {
 namespace {
 
 at::Tensor skinny_linear(const at::Tensor& x, const at::Tensor& weight,
-                         const std::optional<at::Tensor>& scale) {
-  const SkinnyLinearSizes sizes = check_skinny_linear(x, weight, scale);
+                         const std::optional<at::Tensor>& scale,
+                         const std::optional<at::Tensor>& norm,
+                         const std::optional<at::Tensor>& residual, double eps, bool gated) {
+  const SkinnyLinearSizes sizes = check_skinny_linear(x, weight, scale, norm, residual, gated);
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   at::Tensor y = at::empty({sizes.rows, sizes.outputs}, x.options());
@@ -28,10 +30,14 @@ at::Tensor skinny_linear(const at::Tensor& x, const at::Tensor& weight,
     args.x = static_cast<const X*>(x.const_data_ptr());
     args.weight = static_cast<const W*>(weight.const_data_ptr());
     args.scale = scale ? scale->const_data_ptr<float>() : nullptr;
+    args.norm = norm ? norm->const_data_ptr<float>() : nullptr;
+    args.residual = residual ? static_cast<const X*>(residual->const_data_ptr()) : nullptr;
     args.y = static_cast<X*>(y.mutable_data_ptr());
     args.inputs = sizes.inputs;
     args.outputs = sizes.outputs;
+    args.eps = static_cast<float>(eps);
     args.rows = static_cast<int>(sizes.rows);
+    args.gated = gated;
     C10_CUDA_CHECK(launch_skinny_linear(args, stream));
   };
   with_floating_type(x.scalar_type(), [&](auto x_type) {

@@ -1,19 +1,22 @@
 // skinny_linear: y = x weight' for a few rows of x, the matrix-vector products of a decode step.
 //
-//   y[m][n] = scale[n] (sum over k of x[m][k] weight[n][k])
+//   z[m][n] = scale[n] (sum over k of x'[m][k] weight[n][k])
+//   x'      = x, or where there is a norm x norm[k] / sqrt(mean over k of x[m][k]^2 + eps)
+//   y[m][n] = residual[m][n] + z[m][n], or where it is gated silu(z[m][n]) z[m][N + n] for z[m][n]
 //
-// Shapes: x (M, K), X = float, half, bfloat16; weight (N, K), W = one of these, or int8 with scale
-// (N,) float, which is null otherwise; y (M, N), X. M in [0, 8]; any K and N. Contiguous, without
-// an alignment beyond that of their elements.
-// Equivalent to: chatterbox_fast/reference.py, skinny_linear.
-// Arithmetic: float, fused multiply-adds. A lane sums every 32nd vector of the inputs, then the 32
-// sums are added in a tree; a row's scale is applied to its sum. The bits do not depend on the run,
-// nor on the other rows of x. A NaN or an infinity stays in its row of x, or of weight.
+// Shapes: x (M, K), X = float, half, bfloat16; weight (N, K), gated (2 N, K), W = one of these, or
+// int8 with scale float, one for each row of weight, which is null otherwise; norm (K,) float, or
+// null; y and residual (M, N), X, residual or null. M in [0, 8]; any K and N. Contiguous, without
+// an alignment beyond that of their elements. Equivalent to: chatterbox_fast/reference.py,
+// skinny_linear. Arithmetic: float, fused multiply-adds. A lane sums every 32nd vector of the
+// inputs, then the 32 sums are added in a tree; a row's scale is applied to its sum, and so is the
+// size of x, whose squares are summed on the way. The bits do not depend on the run, nor on the
+// other rows of x. A NaN or an infinity stays in its row of x, or of weight.
 //
-// Launch: one warp computes two outputs for all rows of x. A lane loads 16 bytes of weights at a
-// time and keeps eight such loads in flight, 4 KiB a warp (four with int8 or eight rows of x).
-// Where K or an address does not allow vectors, the same code loads single elements. Rows of x up
-// to the next of 1, 2, 4, 8 are computed and not stored.
+// Launch: one warp multiplies two rows of weight, gate and up where it is gated, with all rows of
+// x. A lane loads 16 bytes of weights at a time and keeps eight such loads in flight, 4 KiB a warp
+// (four with int8 or eight rows of x). Where K or an address does not allow vectors, the same code
+// loads single elements. Rows of x up to the next of 1, 2, 4, 8 are computed and not stored.
 //
 // Expected bound: the weights' bytes, each of which is read once. x comes from L1, which serves
 // M sizeof(X) / (2 sizeof(W)) times as many bytes: 2 times with two float rows and bfloat16
@@ -28,16 +31,23 @@
 namespace chatterbox_fast {
 
 constexpr int kSkinnyWarps = 4;    // a block
-constexpr int kSkinnyOutputs = 2;  // a warp
+constexpr int kSkinnyOutputs = 2;  // rows of weight, a warp
 
 template <typename X, typename W>
 struct SkinnyLinearArgs {
   const X* x;
   const W* weight;
   const float* scale;  // null: 1
+  const float* norm;   // null: none
+  const X* residual;   // null: 0
   X* y;
   long long inputs, outputs;  // K, N
-  int rows;                   // M
+  float eps;
+  int rows;  // M
+  bool gated;
+
+  // Outputs that a warp computes.
+  RT_HOST_DEVICE int at_once() const { return gated ? 1 : kSkinnyOutputs; }
 };
 
 // The rows that a warp multiplies. What there is none of repeats the last, so that it can be read.
@@ -45,6 +55,7 @@ template <int kRows, typename X, typename W>
 struct SkinnyRows {
   const X* x[kRows];
   const W* weight[kSkinnyOutputs];
+  const float* norm;
 };
 
 template <int kRows, typename X, typename W>
@@ -58,8 +69,11 @@ RT_DEVICE SkinnyRows<kRows, X, W> skinny_rows(const SkinnyLinearArgs<X, W>& args
 #pragma unroll
   for (int r = 0; r < kSkinnyOutputs; ++r) {
     const long long last = args.outputs - 1;
-    rows.weight[r] = args.weight + (output + r < last ? output + r : last) * args.inputs;
+    const long long own =
+        args.gated ? output + r * args.outputs : (output + r < last ? output + r : last);
+    rows.weight[r] = args.weight + own * args.inputs;
   }
+  rows.norm = args.norm;
   return rows;
 }
 
@@ -79,19 +93,34 @@ RT_DEVICE SkinnyWeights<W, kVector> load_weights(const SkinnyRows<kRows, X, W>& 
   return weights;
 }
 
-// sums[m][r] += the products of the kVector inputs from k on.
+// What a lane sums for each row of x.
+template <int kRows>
+struct SkinnySums {
+  float products[kRows][kSkinnyOutputs];
+  float squares[kRows];  // of x, where there is a norm
+};
+
+// Adds the products of the kVector inputs from k on.
 template <int kVector, int kRows, typename X, typename W>
 RT_DEVICE void add_products(const SkinnyRows<kRows, X, W>& rows, long long k,
-                            const SkinnyWeights<W, kVector>& weights,
-                            float (&sums)[kRows][kSkinnyOutputs]) {
+                            const SkinnyWeights<W, kVector>& weights, SkinnySums<kRows>& sums) {
+  Pack<float, kVector> norm = {};
+  if (rows.norm != nullptr) norm = load_pack<kVector>(rows.norm + k);
 #pragma unroll
   for (int m = 0; m < kRows; ++m) {
     const auto x = load_pack<kVector>(rows.x[m] + k);
 #pragma unroll
-    for (int i = 0; i < kVector * kSkinnyOutputs; ++i) {
-      const int n = i / kSkinnyOutputs, r = i % kSkinnyOutputs;
-      const float weight = rt::to_float(weights.of[r].items[n]);
-      sums[m][r] = fmaf(rt::to_float(x.items[n]), weight, sums[m][r]);
+    for (int n = 0; n < kVector; ++n) {
+      float own = rt::to_float(x.items[n]);
+      if (rows.norm != nullptr) {
+        sums.squares[m] = fmaf(own, own, sums.squares[m]);
+        own *= norm.items[n];
+      }
+#pragma unroll
+      for (int r = 0; r < kSkinnyOutputs; ++r) {
+        const float weight = rt::to_float(weights.of[r].items[n]);
+        sums.products[m][r] = fmaf(own, weight, sums.products[m][r]);
+      }
     }
   }
 }
@@ -100,7 +129,7 @@ RT_DEVICE void add_products(const SkinnyRows<kRows, X, W>& rows, long long k,
 // vectors are always on their way; what is over at the end comes one by one.
 template <int kVector, int kSteps, int kRows, typename X, typename W>
 RT_DEVICE void add_lane(const SkinnyRows<kRows, X, W>& rows, long long inputs,
-                        float (&sums)[kRows][kSkinnyOutputs]) {
+                        SkinnySums<kRows>& sums) {
   constexpr int kStride = 32 * kVector, kGroup = kSteps * kStride;
   const long long last_group = inputs - (kGroup - kStride);  // no whole group starts here or later
   long long k = threadIdx.x % 32 * kVector;
@@ -125,39 +154,63 @@ RT_DEVICE void add_lane(const SkinnyRows<kRows, X, W>& rows, long long inputs,
   }
 }
 
+// The sum over a warp, in every lane.
+RT_DEVICE float sum_of_warp(float sum) {
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
+  return sum;
+}
+
+// Whole sums over the lanes: of row lane / kSkinnyOutputs of x and row lane % kSkinnyOutputs of the
+// warp's weights.
+template <int kRows, typename X, typename W>
+RT_DEVICE float product_of_lane(const SkinnyLinearArgs<X, W>& args, const SkinnySums<kRows>& sums) {
+  const int lane = threadIdx.x % 32;
+  float own = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kRows * kSkinnyOutputs; ++i) {
+    const float sum = sum_of_warp(sums.products[i / kSkinnyOutputs][i % kSkinnyOutputs]);
+    if (lane == i) own = sum;
+  }
+  if (args.norm == nullptr) return own;
+  float squares = 0.0f;
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+    const float sum = sum_of_warp(sums.squares[m]);
+    if (lane / kSkinnyOutputs == m) squares = sum;
+  }
+  return own / sqrtf(squares / static_cast<float>(args.inputs) + args.eps);
+}
+
 template <int kRows, int kVector, typename X, typename W>
 RT_GLOBAL void RT_LAUNCH_BOUNDS(32 * kSkinnyWarps)
     skinny_linear_kernel(SkinnyLinearArgs<X, W> args) {
-  const int lane = threadIdx.x % 32;
   const long long warp = static_cast<long long>(blockIdx.x) * kSkinnyWarps + threadIdx.x / 32;
-  const long long first = warp * kSkinnyOutputs;
+  const long long first = warp * args.at_once();
   if (first >= args.outputs) return;  // all lanes do
   // Whole groups at T3's sizes, 1024 and 4096 inputs; with eight rows more would be spilled.
   constexpr int kSteps = sizeof(W) > 1 && kRows < 8 ? 4 : 2;
-  float sums[kRows][kSkinnyOutputs] = {};
+  SkinnySums<kRows> sums = {};
   add_lane<kVector, kSteps>(skinny_rows<kRows>(args, first), args.inputs, sums);
-  float own = 0.0f;  // lane i stores sum i
-#pragma unroll
-  for (int i = 0; i < kRows * kSkinnyOutputs; ++i) {
-    float sum = sums[i / kSkinnyOutputs][i % kSkinnyOutputs];
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
-    if (lane == i) own = sum;
+  float own = product_of_lane(args, sums);
+  const int row = threadIdx.x % 32 / kSkinnyOutputs, r = threadIdx.x % kSkinnyOutputs;
+  if (args.scale != nullptr && (args.gated || first + r < args.outputs)) {
+    own *= args.scale[args.gated ? first + r * args.outputs : first + r];
   }
-  const int row = lane / kSkinnyOutputs;
-  const long long output = first + lane % kSkinnyOutputs;
-  if (row >= args.rows || output >= args.outputs) return;
-  if (args.scale != nullptr) own *= args.scale[output];
-  args.y[row * args.outputs + output] = rt::from_float<X>(own);
+  if (args.gated) own = own / (1.0f + expf(-own)) * __shfl_xor_sync(kFullWarp, own, 1);
+  if (row >= args.rows || r >= args.at_once() || first + r >= args.outputs) return;
+  const long long at = row * args.outputs + first + r;
+  if (args.residual != nullptr) own += rt::to_float(args.residual[at]);
+  args.y[at] = rt::from_float<X>(own);
 }
 
 template <int kVector, typename X, typename W>
 rt::Error launch_skinny_linear_in_packs(const SkinnyLinearArgs<X, W>& args, rt::Stream stream) {
-  constexpr int kOutputs = kSkinnyWarps * kSkinnyOutputs;
+  const int outputs = kSkinnyWarps * args.at_once();  // a block
   const auto kernel = args.rows == 1   ? &skinny_linear_kernel<1, kVector, X, W>
                       : args.rows == 2 ? &skinny_linear_kernel<2, kVector, X, W>
                       : args.rows <= 4 ? &skinny_linear_kernel<4, kVector, X, W>
                                        : &skinny_linear_kernel<8, kVector, X, W>;
-  const auto grid = static_cast<unsigned>((args.outputs + kOutputs - 1) / kOutputs);
+  const auto grid = static_cast<unsigned>((args.outputs + outputs - 1) / outputs);
   return rt::launch(kernel, grid, 32 * kSkinnyWarps, 0, stream, args);
 }
 
@@ -166,8 +219,9 @@ template <typename X, typename W>
 rt::Error launch_skinny_linear(const SkinnyLinearArgs<X, W>& args, rt::Stream stream) {
   constexpr int kVector = kPackBytes / sizeof(W);
   if (args.rows == 0 || args.outputs == 0) return rt::Error{};
-  const auto addresses =
-      reinterpret_cast<std::uintptr_t>(args.x) | reinterpret_cast<std::uintptr_t>(args.weight);
+  const auto addresses = reinterpret_cast<std::uintptr_t>(args.x) |
+                         reinterpret_cast<std::uintptr_t>(args.weight) |
+                         reinterpret_cast<std::uintptr_t>(args.norm);
   if (args.inputs % kVector == 0 && addresses % kPackBytes == 0) {
     return launch_skinny_linear_in_packs<kVector>(args, stream);
   }
