@@ -1,7 +1,7 @@
 // Launches skinny_linear's kernel as the CUDA op does. arrays: {rows, inputs, outputs, dtype of x,
-// of weight, offset, is there a norm, a residual, is it gated}, x, weight, scale, y, norm, residual,
-// eps. dtype: 0 float, 1 half, 2 bfloat16, 3 int8. x and weight start `offset` elements into their
-// arrays.
+// of weight, offset, is there a norm, a residual, is it gated}, x, weight, scale, y, norm,
+// residual, eps. dtype: 0 float, 1 half, 2 bfloat16, 3 int8. x and weight start `offset` elements
+// into their arrays.
 #include "kernels/skinny_linear.cuh"
 
 using chatterbox_fast::SkinnyLinearArgs;
