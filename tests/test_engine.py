@@ -175,12 +175,22 @@ def test_a_voice_changed_in_place_is_another_voice(tiny: Any, t3_cond: Any) -> N
 
 def test_few_voices_are_kept(tiny: Any, t3_cond: Any) -> None:
     engine = Engine(tiny, Options())
-    with torch.inference_mode():
-        for number in range(MOST_VOICES + 3):
-            cond = copy.copy(t3_cond)
-            cond.emotion_adv = torch.full((1, 1, 1), number / 10)
-            engine.voice(tiny, cond)
+
+    def speak(number: int) -> Any:
+        cond = copy.copy(t3_cond)
+        cond.emotion_adv = torch.full((1, 1, 1), number / 10)
+        with torch.inference_mode():
+            return engine.voice(tiny, cond)
+
+    first, second = speak(0), speak(1)
+    for number in range(2, MOST_VOICES):
+        speak(number)
+    assert speak(0) is first  # and now the last spoken with
+    last = speak(MOST_VOICES)
     assert len(engine._voices) == MOST_VOICES
+    assert speak(0) is first
+    assert speak(MOST_VOICES) is last
+    assert speak(1) is not second, "the one that was spoken with longest ago went"
     engine.clear()
     assert len(engine._voices) == 0
 
