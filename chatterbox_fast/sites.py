@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any, NamedTuple
 
+import torch
+
 from . import dispatch
 from .options import Options
 from .overrides import Change, Override, bound, is_ours
 from .request import Request, current_request, serving
 from .rng import Generators, check_seed, drawing_by_name
+from .s3gen import support as flow_support
+from .s3gen.engine import FlowEngines
 from .t3 import runner, weights
 from .t3.engine import Engine, Engines
 from .t3.support import why_unsupported
@@ -115,6 +119,8 @@ def sites_of(model: Any, options: Options) -> list[Site]:
     sites = [Site("generate", model, "generate", make, lambda: [generate])]
     if hasattr(model, "t3") and not getattr(model.t3, "is_gpt", False):
         sites.append(t3_site(model.t3, options))
+    if hasattr(getattr(getattr(model, "s3gen", None), "flow", None), "decoder"):
+        sites.append(flow_site(model.s3gen.flow.decoder))
     return sites
 
 
@@ -124,6 +130,22 @@ def t3_site(t3: Any, options: Options) -> Site:
     make = functools.partial(make_t3_inference, engines=engines)
     rows = functools.partial(describe_t3, t3, engines)
     return Site("t3.inference", t3, "inference", make, rows, Packing(t3, engines))
+
+
+def flow_site(decoder: Any) -> Site:
+    """S3Gen's flow: from the encoder's output to mel."""
+    make = functools.partial(make_flow, engines=FlowEngines())
+    rows = functools.partial(describe_flow, decoder)
+    return Site("s3gen.flow.decoder", decoder, "forward", make, rows)
+
+
+def describe_flow(decoder: Any) -> list[Row]:
+    """What the flow would run if it were called now."""
+    reason = flow_support.why_unsupported(decoder)
+    if reason is not None:
+        return [Row("s3gen.flow.decoder", "stock", "torch", reason)]
+    device = next(decoder.parameters()).device.type
+    return [Row("s3gen.flow.decoder", "engine, exact", f"{device}, eager", "one row at a time")]
 
 
 def describe_t3(t3: Any, engines: Engines) -> list[Row]:
@@ -164,7 +186,7 @@ def describe_rest(model: Any, options: Options) -> list[Row]:
     rows = []
     if hasattr(model, "t3") and getattr(model.t3, "is_gpt", False):
         rows.append(Row("t3.inference_turbo", "stock", "torch", str(why_unsupported(model.t3))))
-    rows.append(Row("s3gen.inference", "stock", "torch", "no engine yet"))
+    rows.append(Row("s3gen, the rest", "stock", "torch", "encoder, vocoder: no engine yet"))
     if options.watermark:
         rows.append(Row("watermark", "Perth (stock)", "cpu", "watermark=True"))
     else:
@@ -229,6 +251,37 @@ def make_t3_inference(stock: Callable[..., Any], *, engines: Engines) -> Callabl
             return runner.inference(self, engines.of(self), **arguments, generator=generator)
 
     return inference
+
+
+def make_flow(stock: Callable[..., Any], *, engines: FlowEngines) -> Callable[..., Any]:
+    """The flow's solver: the engine where it computes the same as stock, else stock."""
+
+    @functools.wraps(stock)
+    def forward(
+        self: Any,
+        mu: Any,
+        mask: Any,
+        n_timesteps: Any,
+        temperature: float = 1.0,
+        spks: Any = None,
+        cond: Any = None,
+        noised_mels: Any = None,
+        meanflow: bool = False,
+    ) -> Any:
+        reason = flow_support.why_unsupported(self)
+        if reason is None:
+            reason = flow_support.why_not_request(self, mu, mask, spks, cond, meanflow)
+        if reason is not None:
+            return stock(
+                self, mu, mask, n_timesteps, temperature, spks, cond, noised_mels, meanflow
+            )
+        noise = torch.randn_like(mu)  # stock's draw, of its shape, from the request's generator
+        if noised_mels is not None:
+            noise[..., mu.shape[2] - noised_mels.shape[2] :] = noised_mels
+        with drawing_by_name():
+            return engines.of(self).mel(self, noise, mu, spks, cond, n_timesteps), None
+
+    return forward
 
 
 def home_guard(t3: Any, engines: Engines) -> Override:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..modules import signature
 from ..options import Options
 from ..overrides import is_ours
 from ..precision import choose_precision
@@ -137,13 +138,13 @@ class Engines:
         with self._lock:
             asked = dispatch.requested_backend(self._options.backend), graphs_wanted()
             known = self._of.get(t3)
-            if known is not None and known[0] == (asked, packing.signature(t3)):
+            if known is not None and known[0] == (asked, signature(t3)):
                 return known[1]
             self._of.pop(t3, None)
             engine = Engine(t3, self._options)
             if engine.replaces_originals and self._may_send(t3.tfmr):
                 packing.send_to_host(t3.tfmr)
-            self._of[t3] = ((asked, packing.signature(t3)), engine)
+            self._of[t3] = ((asked, signature(t3)), engine)
             return engine
 
     def _may_send(self, tfmr: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..overrides import is_ours
+from ..modules import is_exactly, why_not_called
 
 INFERENCE_PARAMETERS = {
     "self",
@@ -43,7 +43,7 @@ def why_unsupported(t3: Any) -> str | None:
     Checks what the module is, not which release it came from: its class, configuration, layer
     types, shapes, dtype, devices and hooks.
     """
-    if not isinstance(t3, nn.Module) or not _is(t3, "T3", "chatterbox."):
+    if not isinstance(t3, nn.Module) or not is_exactly(t3, "T3", "chatterbox."):
         return f"t3 is a {type(t3).__qualname__}, not Chatterbox's T3"
     if t3.training:
         return "the module is in training mode"
@@ -55,15 +55,10 @@ def why_unsupported(t3: Any) -> str | None:
         _why_not_inference(type(t3))
         or _why_not_config(t3)
         or _why_not_layers(t3)
-        or _why_not_called(t3)
+        or why_not_called((t3.tfmr, t3.speech_head, t3.speech_emb, t3.speech_pos_emb))
         or _why_not_tensors(t3)
         or _why_not_autocast(t3)
     )
-
-
-def _is(thing: Any, name: str, package: str) -> bool:
-    """Whether `thing` is exactly of the class `name` of `package`, not of a subclass."""
-    return type(thing).__qualname__ == name and type(thing).__module__.startswith(package)
 
 
 def _has_alignment_analyzer(t3: Any) -> bool:
@@ -89,7 +84,7 @@ def _why_not_inference(stock_class: type) -> str | None:
 
 def _why_not_config(t3: Any) -> str | None:
     config, rotary = t3.cfg, getattr(t3.tfmr, "rotary_emb", None)
-    if not _is(t3.tfmr, "LlamaModel", "transformers.") or rotary is None:
+    if not is_exactly(t3.tfmr, "LlamaModel", "transformers.") or rotary is None:
         return f"the backbone is a {type(t3.tfmr).__qualname__}, not transformers' LlamaModel"
     if config.hidden_act != "silu":
         return f"hidden_act is {config.hidden_act!r}, not 'silu'"
@@ -119,7 +114,7 @@ def _why_not_layers(t3: Any) -> str | None:
         if type(linear) is not nn.Linear or linear.bias is not None:
             return f"{name} is a {type(linear).__qualname__}, not a Linear without bias"
     for name, norm in norms.items():
-        if not _is(norm, "LlamaRMSNorm", "transformers."):
+        if not is_exactly(norm, "LlamaRMSNorm", "transformers."):
             return f"{name} is a {type(norm).__qualname__}, not transformers' LlamaRMSNorm"
     for name, table in (("speech_emb", t3.speech_emb), ("speech_pos_emb", t3.speech_pos_emb.emb)):
         if type(table) is not nn.Embedding:
@@ -130,31 +125,13 @@ def _why_not_layers(t3: Any) -> str | None:
 def _why_not_layer(layer: Any, width: int) -> str | None:
     parts = {"LlamaDecoderLayer": layer, "LlamaAttention": layer.self_attn, "LlamaMLP": layer.mlp}
     for name, part in parts.items():
-        if not _is(part, name, "transformers."):
+        if not is_exactly(part, name, "transformers."):
             return f"{name} is a {type(part).__qualname__}"
     if layer.self_attn.scaling != width**-0.5:
         return f"attention scales by {layer.self_attn.scaling}, not {width**-0.5}"
     if type(layer.mlp.act_fn).__qualname__ not in ("SiLU", "SiLUActivation"):
         return f"act_fn is a {type(layer.mlp.act_fn).__qualname__}, not SiLU"
     return None
-
-
-def _why_not_called(t3: Any) -> str | None:
-    """Hooks, and forwards that somebody put on an instance, which the engine would not call."""
-    for root in (t3.tfmr, t3.speech_head, t3.speech_emb, t3.speech_pos_emb):
-        for module in root.modules():
-            kind = type(module).__qualname__
-            if "forward" in vars(module) and not is_ours(vars(module)["forward"]):
-                return f"the forward of a {kind} is replaced and would not be called"
-            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            if any(not _belongs_to_transformers(hook) for hook in hooks):
-                return f"a forward hook on a {kind} would not be called"
-    return None
-
-
-def _belongs_to_transformers(hook: Any) -> bool:
-    """transformers leaves hooks of its own on every layer to collect hidden states."""
-    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def _why_not_autocast(t3: Any) -> str | None:

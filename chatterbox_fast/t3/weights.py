@@ -166,18 +166,6 @@ def _move_projections(tfmr: Any, device: torch.device) -> None:
                 parameter.data = parameter.detach().to(device)
 
 
-def signature(t3: Any) -> tuple[Any, ...]:
-    """Changes when a parameter is replaced, moved, converted or written to.
-
-    Writing through ``parameter.data`` goes unnoticed, as it does for autograd, and so does writing
-    into a parameter that was made in inference mode.
-    """
-    return tuple(
-        (p.data_ptr(), p.device, p.dtype, 0 if p.is_inference() else p._version)
-        for p in t3.parameters()
-    )
-
-
 def bytes_of(weights: T3Weights) -> int:
     """Memory of the layers' matrices and the head."""
     projections = [weights.head]

@@ -1,0 +1,45 @@
+"""What an engine asks of any module that it computes in the module's place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .overrides import is_ours
+
+
+def is_exactly(thing: Any, name: str, package: str) -> bool:
+    """Whether `thing` is exactly of the class `name` of `package`, not of a subclass."""
+    return type(thing).__qualname__ == name and type(thing).__module__.startswith(package)
+
+
+def signature(module: nn.Module) -> tuple[Any, ...]:
+    """Changes when a parameter is replaced, moved, converted or written to.
+
+    Writing through ``parameter.data`` goes unnoticed, as it does for autograd, and so does writing
+    into a parameter that was made in inference mode.
+    """
+    return tuple(
+        (p.data_ptr(), p.device, p.dtype, 0 if p.is_inference() else p._version)
+        for p in module.parameters()
+    )
+
+
+def why_not_called(roots: Iterable[nn.Module]) -> str | None:
+    """Hooks, and forwards that somebody put on an instance, which an engine would not call."""
+    for root in roots:
+        for module in root.modules():
+            kind = type(module).__qualname__
+            if "forward" in vars(module) and not is_ours(vars(module)["forward"]):
+                return f"the forward of a {kind} is replaced and would not be called"
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if any(not _belongs_to_transformers(hook) for hook in hooks):
+                return f"a forward hook on a {kind} would not be called"
+    return None
+
+
+def _belongs_to_transformers(hook: Any) -> bool:
+    """transformers leaves hooks of its own on every layer to collect hidden states."""
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
