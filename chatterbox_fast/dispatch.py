@@ -12,8 +12,10 @@ import torch
 from . import _ext
 from .options import Backend
 
-OPS = ("cfg_sample", "skinny_linear", "decode_attention")
-"""The ops that engines call by name; each has at least its reference."""
+T3_OPS = ("cfg_sample", "skinny_linear", "decode_attention")
+"""What T3's engine calls by name."""
+OPS = (*T3_OPS, "resample")
+"""Every op; each has at least its reference."""
 
 
 class Choice(NamedTuple):

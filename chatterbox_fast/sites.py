@@ -142,7 +142,7 @@ def describe_t3(t3: Any, engines: Engines) -> list[Row]:
         Row("t3.inference", f"engine, {engine.precise.precision}", backend, "; ".join(why)),
         describe_memory(t3, engine),
     ]
-    for op in dispatch.OPS:
+    for op in dispatch.T3_OPS:
         choice = dispatch.choose(op, device, engine.options.backend)
         rows.append(Row(f"  {op}", "op", choice.backend, choice.reason))
     return rows
