@@ -86,8 +86,8 @@ class Resample(nn.Module):
     It holds no buffer: filters come from the cache, for the device and dtype of each waveform.
 
     Args:
-        orig_freq, new_freq, resampling_method, lowpass_filter_width, rolloff, beta: see `resample`,
-            whose errors are raised here.
+        orig_freq, new_freq, resampling_method, lowpass_filter_width, rolloff, beta, backend: see
+            `resample`, whose errors are raised here.
         dtype: for torchaudio's signature; has no effect, as filters are always designed in float64.
     """
 
@@ -101,6 +101,7 @@ class Resample(nn.Module):
         beta: float | None = None,
         *,
         dtype: torch.dtype | None = None,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         del dtype
@@ -110,6 +111,7 @@ class Resample(nn.Module):
         self.lowpass_filter_width = lowpass_filter_width
         self.rolloff = rolloff
         self.beta = beta
+        self.backend = backend
         design = Filter.of(
             orig_freq, new_freq, lowpass_filter_width, rolloff, resampling_method, beta
         )
@@ -126,6 +128,7 @@ class Resample(nn.Module):
             self.rolloff,
             self.resampling_method,
             self.beta,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:
