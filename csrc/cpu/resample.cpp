@@ -12,6 +12,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -42,7 +43,7 @@ struct Bank {
 
 // The filters of outputs 0, 1, ... as quads use them; they repeat after `period` outputs.
 struct Quads {
-  std::vector<float> filters;     // (period, taps)
+  at::Tensor filters;             // (period, taps); torch aligns it to a cache line
   int64_t period, taps, advance;  // `advance`: by how many samples a period advances
 
   explicit Quads(const Bank& bank) {
@@ -50,11 +51,12 @@ struct Quads {
     advance = period / bank.phases * bank.stride;
     const int64_t widest = bank.taps + (kQuad - 1) * bank.stride / bank.phases + 1;
     taps = (widest + kLanes - 1) / kLanes * kLanes;
-    filters.assign(period * taps, 0.0f);
+    filters = at::zeros({period, taps}, at::kFloat);
+    float* const rows = filters.mutable_data_ptr<float>();
     for (int64_t j = 0; j < period; ++j) {
       const float* own = bank.filters + j % bank.phases * bank.taps;
       const int64_t shift = bank.start(j) - bank.start(j / kQuad * kQuad);
-      std::copy(own, own + bank.taps, filters.data() + j * taps + shift);
+      std::copy(own, own + bank.taps, rows + j * taps + shift);
     }
   }
 };
@@ -121,7 +123,7 @@ CBF_INLINE Floats eight_filters(const float* const (&x)[kLanes],
 CBF_FOR_EVERY_CPU void run_by_quads(const Bank& bank, const Quads& quads, const Task& task) {
   const int64_t taps = quads.taps, pair = 2 * quads.period;
   for (int64_t q = 0; q < quads.period; q += kQuad) {
-    const float* const filters = quads.filters.data() + q * taps;
+    const float* const filters = quads.filters.const_data_ptr<float>() + q * taps;
     const float* x = task.samples + (bank.start(task.begin + q) - task.origin);
     for (int64_t output = task.begin + q; output < task.end; output += pair) {
       const Floats y = two_by_four(x, quads.advance, filters, taps);
