@@ -111,11 +111,10 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("architecture", [89, 90])
 @pytest.mark.parametrize("with_first", [False, True])
 def test_it_compiles(architecture: int, with_first: bool) -> None:
+    from chatterbox_fast.triton_kernels import resample as twin
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from chatterbox_fast.triton_kernels import resample as twin
 
     kernel = twin.resample_kernel
     constants: dict[str, Any] = {"OUTPUTS": twin.OUTPUTS, "TAPS": twin.TAPS}
