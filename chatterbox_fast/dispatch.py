@@ -12,8 +12,10 @@ import torch
 from . import _ext
 from .options import Backend
 
-OPS = ("cfg_sample", "skinny_linear", "decode_attention")
-"""The ops that engines call by name; each has at least its reference."""
+T3_OPS = ("cfg_sample", "skinny_linear", "decode_attention")
+"""What T3's engine calls by name."""
+OPS = (*T3_OPS, "resample")
+"""Every op; each has at least its reference."""
 
 
 class Choice(NamedTuple):
@@ -76,6 +78,8 @@ def _why_no_extension(op: str, device: torch.device) -> str | None:
     key = "CUDA" if device.type == "cuda" else "CPU"
     if not extension_has(op):
         return _ext.missing or f"the extension has no {op} yet"
+    if device.type not in ("cpu", "cuda"):
+        return f"the extension has no {op} for {device.type}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"chatterbox_fast::{op}", key):
         return _ext.missing or f"the extension has no {op} for {device.type}"
     return None

@@ -291,6 +291,53 @@ def decode_attention_by(backend: str) -> Callable[..., Tensor]:
     return reference.decode_attention
 
 
+def resample(
+    waveform: Tensor,
+    filters: Tensor,
+    first: Tensor | None = None,
+    *,
+    stride: int,
+    left: int,
+    length: int,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Polyphase convolution with filters that are given; see `audio.resample` for sampling rates.
+
+    Args:
+        waveform, filters, first, stride, left, length: see `reference.resample`. Contiguous, but
+            for `filters`. Where the waveform requires a gradient the reference runs, which has one.
+        backend: which implementation to prefer, see `dispatch.choose`.
+
+    Returns:
+        ``(R, length)`` in the waveform's dtype.
+
+    Raises:
+        RuntimeError: an argument of another shape, dtype, layout or range than documented.
+    """
+    if waveform.requires_grad and torch.is_grad_enabled():
+        backend = "reference"
+    return resample_by(_chosen("resample", waveform.device, backend, waveform.dtype))(
+        waveform, filters, first, stride=stride, left=left, length=length
+    )
+
+
+@torch.compiler.assume_constant_result
+def _chosen(op: str, device: torch.device, backend: Backend, dtype: torch.dtype) -> str:
+    """The backend by `dispatch.choose`, which torch.compile does not look into."""
+    return dispatch.choose(op, device, backend, dtype).backend
+
+
+def resample_by(backend: str) -> Callable[..., Tensor]:
+    """resample by a backend that `dispatch.choose` named."""
+    if backend == "extension":
+        return torch.ops.chatterbox_fast.resample.default
+    if backend == "triton":
+        from .triton_kernels.resample import resample as twin
+
+        return twin
+    return reference.resample
+
+
 if dispatch.extension_has("cfg_sample"):
 
     @torch.library.register_fake("chatterbox_fast::cfg_sample")
@@ -345,3 +392,18 @@ if dispatch.extension_has("decode_attention"):
         splits: int = 0,
     ) -> Tensor:
         return qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])
+
+
+if dispatch.extension_has("resample"):
+
+    @torch.library.register_fake("chatterbox_fast::resample")
+    def _resample_fake(
+        waveform: Tensor,
+        filters: Tensor,
+        first: Tensor | None = None,
+        *,
+        stride: int,
+        left: int,
+        length: int,
+    ) -> Tensor:
+        return waveform.new_empty(waveform.shape[0], length)

@@ -17,6 +17,8 @@ KEEP, SUPPRESS, FORCE = 0, 1, 2
 """What `cfg_sample` does with a row's stop token: nothing, rule it out, rule out all others."""
 
 _RULED_OUT = float(2**15)
+_FEW_PHASES = 512
+"""As one strided convolution, more phases would take more memory than their filters do."""
 
 
 def cfg_sample(
@@ -307,3 +309,58 @@ def decode_attention(
         weights = scores.masked_fill(~valid[:, 0].expand(rows, -1)[row], -float("inf")).softmax(-1)
         probabilities.copy_(weights.masked_fill(~inside[:, 0].expand(rows, 1)[row], 0))
     return out.reshape(rows, heads * dim).to(qkv.dtype)
+
+
+def resample(
+    waveform: Tensor,
+    filters: Tensor,
+    first: Tensor | None = None,
+    *,
+    stride: int,
+    left: int,
+    length: int,
+) -> Tensor:
+    """Polyphase convolution: ``y[j] = sum over k of f[k] x[j * stride // P - left + k]``.
+
+    Args:
+        waveform: ``(R, T)`` float32, float16 or bfloat16, x; 0 outside of its T samples. Here alone
+            float64 too.
+        filters: ``(P, K)`` float32 (float64 for float64), P K at most 2**20: output j is made with
+            row ``j % P``. Of any strides; on a GPU it is fastest where phases are neighbours.
+        first: ``(F, K)``: the filters of the first F outputs, in place of those; None: none.
+        stride: by how many samples P outputs advance; in [1, 2**20].
+        left: how many samples before an output's own place its first tap lies; in ``[0, K)``.
+        length: of the result, >= 0.
+
+    Returns:
+        ``(R, length)`` in the waveform's dtype, computed in float32 (float64).
+
+    Each output is the sum of the same products as torchaudio's strided convolution makes, without
+    those that are 0 because a filter of another phase reaches further.
+    """
+    wide = torch.promote_types(waveform.dtype, torch.float32)
+    (rows, samples), (phases, taps) = waveform.shape, filters.shape
+    periods = -(-length // phases)
+    ahead = (phases - 1) * stride // phases + taps  # what a period reads, from its first sample on
+    right = max(0, periods * stride + ahead - left - samples)
+    padded = F.pad(waveform.to(wide), (left, right))
+    output = torch.arange(length, device=waveform.device)
+    if phases <= _FEW_PHASES and rows * length > 0:
+        start = output[:phases, None] * stride // phases + torch.arange(taps, device=output.device)
+        kernel = filters.new_zeros(phases, ahead)
+        kernel[: len(start)].scatter_(1, start, filters[: len(start)])
+        y = F.conv1d(padded[:, None, : max(periods - 1, 0) * stride + ahead], kernel[:, None],
+                     stride=stride)  # fmt: skip
+        y = y.transpose(1, 2).reshape(rows, -1)[:, :length]
+    else:
+        y = _dots(padded, output * stride // phases, filters[output % phases])
+    if first is not None:
+        own = _dots(padded, output[: len(first)] * stride // phases, first[:length])
+        y = torch.cat((own, y[:, len(first) :]), dim=1)
+    return y.to(waveform.dtype)
+
+
+def _dots(x: Tensor, start: Tensor, filters: Tensor) -> Tensor:
+    """``(R, N)``: of each row of x with N filters ``(N, K)``, from N starts on."""
+    reach = torch.arange(filters.shape[1], device=x.device)
+    return (x[:, start[:, None] + reach] * filters).sum(dim=-1)

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from . import dispatch
+from .audio.stock import make_embed_ref, why_not_served
 from .options import Options
 from .overrides import Change, Override, bound, is_ours
+from .precision import choose_precision
 from .request import Request, current_request, serving
 from .rng import Generators, check_seed, drawing_by_name
 from .s3gen import support as flow_support
@@ -56,6 +58,7 @@ class Site:
         make: stock's function -> function that takes `owner` first.
         describe: () -> the report's rows for this site, as things are now.
         packing: what happens to the owner's weights, or None.
+        unfit: stock's function -> why it cannot be replaced, or None.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Site:
     make: Callable[[Callable[..., Any]], Callable[..., Any]]
     describe: Callable[[], list[Row]]
     packing: Packing | None = None
+    unfit: Callable[[Callable[..., Any]], str | None] | None = None
 
     def why_not(self) -> str | None:
         """The reason why this attribute is left alone, or None."""
@@ -73,7 +77,8 @@ class Site:
         function = inspect.unwrap(getattr(type(self.owner), self.attribute))
         if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
             return f"{self.attribute}() is a generator or a coroutine"
-        return None
+        stock = getattr(type(self.owner), self.attribute)
+        return None if self.unfit is None else self.unfit(stock)
 
     def changes(self) -> list[Change]:
         """The replacement, bound to its owner, and what goes with it; ready to be applied."""
@@ -119,9 +124,29 @@ def sites_of(model: Any, options: Options) -> list[Site]:
     sites = [Site("generate", model, "generate", make, lambda: [generate])]
     if hasattr(model, "t3") and not getattr(model.t3, "is_gpt", False):
         sites.append(t3_site(model.t3, options))
+    if hasattr(type(model.s3gen), "embed_ref"):
+        sites.append(embed_ref_site(model.s3gen, options))
     if hasattr(getattr(getattr(model, "s3gen", None), "flow", None), "decoder"):
         sites.append(flow_site(model.s3gen.flow.decoder))
     return sites
+
+
+def embed_ref_site(s3gen: Any, options: Options) -> Site:
+    """What S3Gen makes of a voice prompt, resampled by our op unless stock's bits are wanted."""
+
+    def why_not(owner: Any) -> str | None:
+        precise = choose_precision(options, owner.device, owner.dtype)
+        return "exact keeps stock's bits" if precise.precision == "exact" else None
+
+    def describe() -> list[Row]:
+        choice = dispatch.choose("resample", s3gen.device, options.backend)
+        op = Row("  resample", "op", choice.backend, choice.reason)
+        if (reason := why_not(s3gen)) is not None:
+            return [Row("s3gen.embed_ref", "stock's resampler", "torch", reason), op]
+        return [Row("s3gen.embed_ref", "own resampler", choice.backend, "the rest is stock's"), op]
+
+    make = functools.partial(make_embed_ref, backend=options.backend, why_not=why_not)
+    return Site("s3gen.embed_ref", s3gen, "embed_ref", make, describe, unfit=why_not_served)
 
 
 def t3_site(t3: Any, options: Options) -> Site:
@@ -164,7 +189,7 @@ def describe_t3(t3: Any, engines: Engines) -> list[Row]:
         Row("t3.inference", f"engine, {engine.precise.precision}", backend, "; ".join(why)),
         describe_memory(t3, engine),
     ]
-    for op in dispatch.OPS:
+    for op in dispatch.T3_OPS:
         choice = dispatch.choose(op, device, engine.options.backend)
         rows.append(Row(f"  {op}", "op", choice.backend, choice.reason))
     return rows

@@ -14,4 +14,7 @@ TORCH_LIBRARY(chatterbox_fast, library) {
       "decode_attention(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position, "
       "Tensor(c!) flags, Tensor? cos=None, Tensor? sin=None, Tensor? watched=None, "
       "Tensor(d!)? probabilities=None, Tensor(e!)? arrivals=None, *, int splits=0) -> Tensor");
+  library.def(
+      "resample(Tensor waveform, Tensor filters, Tensor? first=None, *, int stride, int left, "
+      "SymInt length) -> Tensor");
 }

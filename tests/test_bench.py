@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import bench_cfg_sample
+import bench_resample
 import pytest
 import t3_decode
 import table
@@ -52,6 +53,15 @@ def test_kernels_on_a_gpu_draw_where_stocks_generator_stands(
     row.restart()
     assert row.philox.tolist() == [[-1, 40]]
     assert generator.offset == 40
+
+
+@pytest.mark.parametrize("case", bench_resample.CASES)
+def test_what_is_timed_resamples(case: str) -> None:
+    job = bench_resample.Job(*bench_resample.CASES[case], CPU)
+    for make in (bench_resample.stock, bench_resample.extension, bench_resample.reference):
+        bench_resample.verify(job, make(job))
+    with pytest.raises(AssertionError):
+        bench_resample.verify(job, lambda: 1.001 * bench_resample.extension(job)())
 
 
 # ---- time in a CUDA graph

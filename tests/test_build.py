@@ -29,6 +29,7 @@ PACKED = (
     "triton_kernels/__init__.py",
     "assets/voice_prompt.flac",
     "t3/decode_step.py",
+    "audio/bank.py",
 )
 
 
