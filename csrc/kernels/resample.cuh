@@ -116,7 +116,7 @@ RT_GLOBAL void RT_LAUNCH_BOUNDS(kResampleThreads) resample_kernel(ResampleArgs<T
   }
   const long long output = begin + threadIdx.x;
   float y[kResampleEach] = {};
-  if (args.step % args.phases == 0 && begin >= args.first_count) {
+  if (args.step % args.phases == 0 && output >= args.first_count) {
     const long long apart = static_cast<long long>(args.step / args.phases) * args.stride;
     resample_dots(x, resample_start(args, output) - x.origin, apart,
                   args.filters + output % args.phases * args.phase_stride, args.tap_stride,
