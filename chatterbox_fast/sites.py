@@ -293,10 +293,9 @@ def make_flow(stock: Callable[..., Any], *, engines: FlowEngines) -> Callable[..
         noised_mels: Any = None,
         meanflow: bool = False,
     ) -> Any:
-        reason = flow_support.why_unsupported(self)
-        if reason is None:
-            reason = flow_support.why_not_request(self, mu, mask, spks, cond, meanflow)
-        if reason is not None:
+        if flow_support.why_unsupported(self) or flow_support.why_not_request(
+            self, mu, mask, spks, cond, meanflow
+        ):
             return stock(
                 self, mu, mask, n_timesteps, temperature, spks, cond, noised_mels, meanflow
             )

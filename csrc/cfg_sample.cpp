@@ -43,8 +43,7 @@ CfgSampleSizes check_cfg_sample(const at::Tensor& logits, const at::Tensor& seen
             "cfg_sample", "seen", "(R, V), R at most 64 and V in [1, 65536]", seen.sizes());
   const int64_t rows = seen.size(0), vocabulary = seen.size(1);
   const auto type = logits.scalar_type();
-  CBF_CHECK(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, "cfg_sample",
-            "logits", "float32, float16 or bfloat16", type);
+  CBF_CHECK(is_floating(type), "cfg_sample", "logits", "float32, float16 or bfloat16", type);
   CBF_CHECK(logits.dim() == 2 && logits.size(1) == vocabulary &&
                 (logits.size(0) == rows || logits.size(0) == 2 * rows),
             "cfg_sample", "logits",

@@ -2,6 +2,7 @@
 //   chatterbox_fast::OP: ARGUMENT must be WHAT, got WHAT IT WAS
 #pragma once
 
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #define CBF_CHECK(condition, op, argument, must, ...)                                        \
@@ -18,3 +19,12 @@
 #define CBF_CHECK_CONTIGUOUS(tensor, op)                         \
   CBF_CHECK((tensor).is_contiguous(), op, #tensor, "contiguous", \
             c10::str("strides ", (tensor).strides()))
+
+namespace chatterbox_fast {
+
+// Whether kernels take this type of numbers.
+inline bool is_floating(at::ScalarType type) {
+  return type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
+}
+
+}  // namespace chatterbox_fast

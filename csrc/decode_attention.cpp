@@ -11,10 +11,6 @@ namespace {
 
 constexpr int64_t kAlignment = 16;  // bytes that a kernel loads at once
 
-bool is_floating(at::ScalarType type) {
-  return type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
-}
-
 std::string given(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? "a tensor" : "None";
 }

@@ -23,8 +23,7 @@ ResampleSizes check_resample(const at::Tensor& waveform, const at::Tensor& filte
                              const std::optional<at::Tensor>& first, int64_t stride, int64_t left,
                              int64_t length) {
   const auto type = waveform.scalar_type();
-  CBF_CHECK(type == at::kFloat || type == at::kHalf || type == at::kBFloat16, "resample",
-            "waveform", "float32, float16 or bfloat16", type);
+  CBF_CHECK(is_floating(type), "resample", "waveform", "float32, float16 or bfloat16", type);
   CBF_CHECK(waveform.dim() == 2, "resample", "waveform", "(R, T)", waveform.sizes());
   CBF_CHECK_CONTIGUOUS(waveform, "resample");
   CBF_CHECK_DTYPE(filters, "resample", at::kFloat);

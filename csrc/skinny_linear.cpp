@@ -7,10 +7,6 @@ namespace chatterbox_fast {
 
 namespace {
 
-bool is_floating(at::ScalarType type) {
-  return type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
-}
-
 void check_scale(const std::optional<at::Tensor>& optional, const at::Tensor& weight) {
   const bool quantised = weight.scalar_type() == at::kChar;
   CBF_CHECK(optional.has_value() == quantised, "skinny_linear", "scale",

@@ -36,6 +36,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="minutes long: make test-full-size"))
 
 
+@pytest.fixture
+def threads() -> Iterator[Any]:
+    """torch.set_num_threads, put back after."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def _english() -> Any:
     model = random_model("english", "tiny", stop_after=12)

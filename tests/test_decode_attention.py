@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from conftest import engine_of
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from toolkit import ulp
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -119,12 +120,6 @@ def stock_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q[None, :, None], k[None], v[None])[0, :, 0]
 
 
-def ulp(value: Tensor, dtype: torch.dtype) -> float:
-    """Of the largest value there is, in `dtype`."""
-    largest = float(value.abs().max())
-    return torch.finfo(dtype).eps * 2.0 ** (math.frexp(largest)[1] - 1)
-
-
 class Errors:
     """The largest error so far, stock's, and a unit in the last place."""
 
@@ -209,14 +204,6 @@ def check_appended(before: Call, after: Call) -> None:
 
 
 # ---- results
-
-
-@pytest.fixture
-def threads() -> Iterator[Any]:
-    """torch.set_num_threads, put back after."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("cache_dtype", FLOATING)

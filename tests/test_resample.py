@@ -7,7 +7,6 @@ import copy
 import math
 import pickle
 import sys
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import librosa
@@ -16,6 +15,7 @@ import torch
 import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from toolkit import ulp
 from torch import Tensor
 
 from chatterbox_fast import dispatch, ops, reference
@@ -97,12 +97,6 @@ WHOLE = (
 """Few phases and many, ends beyond the waveform, first filters that fill blocks or do not."""
 
 
-def ulp(value: Tensor, dtype: torch.dtype) -> float:
-    """Of the largest value there is, in `dtype`."""
-    largest = float(value.abs().max())
-    return torch.finfo(dtype).eps * 2.0 ** (math.frexp(largest)[1] - 1)
-
-
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
@@ -143,14 +137,6 @@ def test_any_shape(
 ) -> None:  # fmt: skip
     call = whole_call(*sizes, taps, stride, left=left, first=first, length=length, dtype=dtype)
     assert torch.equal(call.by(ops.resample, backend=backend), call.oracle().to(dtype))
-
-
-@pytest.fixture
-def threads() -> Iterator[Any]:
-    """torch.set_num_threads, put back after."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("method", ["sinc_interp_hann", "soxr_hq"])

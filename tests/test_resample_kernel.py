@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from host_cuda import build
-from test_resample import FLOATING, STOCK, WHOLE, Call, noise, ulp, whole_call
-from toolkit import ARCHS, compile_kernels
+from test_resample import FLOATING, STOCK, WHOLE, Call, noise, whole_call
+from toolkit import ARCHS, compile_kernels, ulp
 from torch import Tensor
 
 from chatterbox_fast.audio import bank as banks

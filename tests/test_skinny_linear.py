@@ -4,7 +4,6 @@ measure: F.linear in float32, for int8 weights torch's dynamic int8."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from toolkit import ulp
 from torch import Tensor
 
 from chatterbox_fast import dispatch, ops, reference
@@ -90,12 +90,6 @@ def whole_call(shape: tuple[int, int, int], dtype: torch.dtype, weight_dtype: to
     return Call(x, weight, scale if weight_dtype == torch.int8 else None)
 
 
-def ulp(value: Tensor, dtype: torch.dtype) -> float:
-    """Of the largest value there is, in `dtype`."""
-    largest = float(value.abs().max())
-    return torch.finfo(dtype).eps * 2.0 ** (math.frexp(largest)[1] - 1)
-
-
 def check_error(calls: list[tuple[Call, Tensor]], stock: Any = Call.by_float) -> None:
     """Against float64 at most twice stock's error, plus one ulp, over all calls."""
     own = theirs = unit = 0.0
@@ -116,14 +110,6 @@ def stock_of(weight_dtype: torch.dtype, backend: str) -> Any:
 
 
 # ---- results
-
-
-@pytest.fixture
-def threads() -> Iterator[Any]:
-    """torch.set_num_threads, put back after."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("weight_dtype", WEIGHTS)

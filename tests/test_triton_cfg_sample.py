@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from toolkit import interpreting_triton
 from torch import Tensor
 
 from chatterbox_fast import reference
@@ -168,11 +167,7 @@ def check(
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Callable[[Case], list[list[int]]]]:
     """`check` in a process where triton interprets."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(int).result()
+    with interpreting_triton() as pool:
         yield lambda case: pool.submit(check, case).result()
 
 

@@ -7,15 +7,14 @@ a process of its own, and the rest of the suite sees triton as it is.
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 from test_decode_attention import BAD, DIM, FLOATING, Call, arguments, check, random_call
+from toolkit import interpreting_triton
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
@@ -37,11 +36,7 @@ def changed_by_twin(call: Call, splits: int) -> tuple[Call, Tensor]:
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Any]:
     """Makes a function like `by_twin`, in a process where triton interprets, for `splits`."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(int).result()
+    with interpreting_triton() as pool:
 
         def with_splits(splits: int) -> Any:
             def run(call: Call) -> Tensor:

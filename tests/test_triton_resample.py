@@ -7,14 +7,13 @@ a process of its own, and the rest of the suite sees triton as it is.
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from test_resample import FLOATING, STOCK, WHOLE, Call, noise, ulp, whole_call
+from test_resample import FLOATING, STOCK, WHOLE, Call, noise, whole_call
+from toolkit import interpreting_triton, ulp
 from torch import Tensor
 
 from chatterbox_fast.audio import bank as banks
@@ -34,11 +33,7 @@ def by_twin(call: Call) -> Tensor:
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Any]:
     """`by_twin` in a process where triton interprets."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(int).result()
+    with interpreting_triton() as pool:
         yield lambda call: pool.submit(by_twin, call).result()
 
 

@@ -7,9 +7,7 @@ a process of its own, and the rest of the suite sees triton as it is.
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -26,6 +24,7 @@ from test_skinny_linear import (
     whole_call,
 )
 from test_skinny_linear_fused import PARTS, Fused, on, random_fused, some_fused
+from toolkit import interpreting_triton
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
@@ -42,11 +41,7 @@ def by_twin(call: Call | Fused) -> Tensor:
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Any]:
     """`by_twin` in a process where triton interprets."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(int).result()
+    with interpreting_triton() as pool:
         yield lambda call: pool.submit(by_twin, call).result()
 
 

@@ -1,16 +1,25 @@
-"""setup.py as tests use it, the CUDA toolkit that it finds, and what that makes of a kernel."""
+"""What several test modules use: setup.py and the CUDA toolkit it finds, compiled kernels, Triton's
+interpreter, a count of dispatched ops, units in the last place."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
+import multiprocessing
 import re
 import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("75", "80", "89", "90", "120")
@@ -72,3 +81,39 @@ def _entry(report: str) -> Entry:
     name = report.partition("'")[0]
     registers, spilled = number(r"Used (\d+) registers"), number(r"(\d+) bytes spill stores")
     return Entry(name, registers, spilled, number(r"(\d+) bytes smem"))
+
+
+@contextmanager
+def interpreting_triton() -> Iterator[ProcessPoolExecutor]:
+    """A process where triton interprets, which it decides when it is imported."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            pool.submit(int).result()
+        yield pool
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts the ops that reach a device; views do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if not func.is_view:
+            self.ops[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+    def looks(self) -> int:
+        """How often a value was read on the host."""
+        reading = ("aten::_local_scalar", "aten::item", "aten::nonzero")
+        return sum(count for op, count in self.ops.items() if op.startswith(reading))
+
+
+def ulp(value: Tensor, dtype: torch.dtype) -> float:
+    """Of the largest value there is, in `dtype`."""
+    largest = float(value.abs().max())
+    return torch.finfo(dtype).eps * 2.0 ** (math.frexp(largest)[1] - 1)

@@ -278,9 +278,7 @@ def _check_cache(name: str, cache: Tensor, qkv: Tensor) -> None:
 
 
 def _check_table(name: str, tensor: Tensor, dtype: torch.dtype, qkv: Tensor) -> None:
-    _must(tensor.dtype == dtype, name, str(dtype), tensor.dtype)
-    _must(tensor.device == qkv.device, name, f"on {qkv.device} as qkv is", tensor.device)
-    _must(tensor.is_contiguous(), name, "contiguous", f"strides {tensor.stride()}")
+    checks.dense("decode_attention", tensor, name, dtype, qkv.device, like="qkv")
 
 
 def _check_pair(name: str, tensor: Tensor | None, other_name: str, other: Tensor | None) -> None:

@@ -117,9 +117,7 @@ def _check(
     _must(fits, "filters", must, tuple(filters.shape))
     taps = filters.shape[1]
     if first is not None:
-        _must(first.dtype == torch.float32, "first", "torch.float32", first.dtype)
-        _must(first.device == filters.device, "first", f"on {filters.device}", first.device)
-        _must(first.is_contiguous(), "first", "contiguous", f"strides {first.stride()}")
+        checks.dense("resample", first, "first", torch.float32, filters.device)
         fits = first.dim() == 2 and first.shape[1] == taps
         _must(fits, "first", f"(F, {taps}) as filters has", tuple(first.shape))
     fits = 1 <= stride <= MOST_COEFFICIENTS

@@ -160,7 +160,5 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
 def _check_tensor(
     name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> None:
-    _must(tensor.dtype == dtype, name, str(dtype), tensor.dtype)
-    _must(tensor.device == device, name, f"on {device}", tensor.device)
-    _must(tensor.is_contiguous(), name, "contiguous", f"strides {tensor.stride()}")
+    checks.dense("skinny_linear", tensor, name, dtype, device)
     _must(tensor.shape == shape, name, str(shape), tuple(tensor.shape))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..modules import signature
+from ..recent import Recent
 from ..t3.graph import settle
 from .flow import FlowWeights, TimeTable, condition, pack_flow, solve, time_table
 
@@ -25,21 +25,18 @@ class FlowEngine:
         with torch.inference_mode(False), torch.no_grad():
             self.weights: FlowWeights = pack_flow(decoder)
         settle(self.weights.project.weight.device)
-        self._lock = Lock()
-        self._tables: OrderedDict[int, TimeTable] = OrderedDict()
+        self._tables: Recent[int, TimeTable] = Recent(MOST_TABLES)
 
     def table(self, decoder: Any, n_timesteps: int) -> TimeTable:
         """What depends on the number of steps alone, computed by stock's modules once."""
-        with self._lock:
-            table = self._tables.pop(n_timesteps, None)
-            if table is None:
-                own = self.weights.project.weight
-                table = time_table(decoder, n_timesteps, own.device, own.dtype)
-                settle(own.device)
-            self._tables[n_timesteps] = table
-            while len(self._tables) > MOST_TABLES:
-                self._tables.popitem(last=False)
+
+        def make() -> TimeTable:
+            own = self.weights.project.weight
+            table = time_table(decoder, n_timesteps, own.device, own.dtype)
+            settle(own.device)
             return table
+
+        return self._tables.get(n_timesteps, make)
 
     @torch.inference_mode()
     def mel(

@@ -99,11 +99,6 @@ class FlowWeights(NamedTuple):
     project: Linear
     guidance: float | None
 
-    @property
-    def channels(self) -> int:
-        """Mel bands."""
-        return self.project.weight.shape[0]
-
 
 class TimeTable(NamedTuple):
     """What depends on the number of steps alone.

@@ -15,12 +15,13 @@ from ..modules import signature
 from ..options import Options
 from ..overrides import is_ours
 from ..precision import choose_precision
+from ..recent import Recent
 from . import weights as packing
 from .backbone import EAGER, compiled
 from .decode_step import decode_step
 from .graph import capture, graphs_wanted, settle, why_no_graph
 from .pool import Slot, SlotPool
-from .prefill import VoicePrefix, VoicePrefixes, check_conditioning, voice_prefix
+from .prefill import MOST_VOICES, VoicePrefix, check_conditioning, voice_prefix
 from .state import CAPACITIES, DecodeState
 from .support import why_unsupported
 
@@ -48,7 +49,7 @@ class Engine:
         self.stop_token: int = t3.hp.stop_speech_token
         new_slot = WeakMethod(self._new_slot)  # no cycle: an engine's memory is freed with it
         self.slots = SlotPool(lambda rows, capacity: new_slot()(rows, capacity))  # type: ignore[misc]
-        self._voices = VoicePrefixes()
+        self._voices: Recent[bytes, VoicePrefix] = Recent(MOST_VOICES)
         self._rotary = t3.tfmr.rotary_emb
 
     @property

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -37,35 +35,6 @@ class VoicePrefix(NamedTuple):
     def length(self) -> int:
         """P."""
         return self.k.shape[3]
-
-
-class VoicePrefixes:
-    """The prefixes of the voices spoken with last, found by the values of the conditioning."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._kept: OrderedDict[bytes, VoicePrefix] = OrderedDict()
-
-    def get(self, key: bytes, make: Callable[[], VoicePrefix]) -> VoicePrefix:
-        """The prefix kept under `key`, else a new one."""
-        with self._lock:
-            if (prefix := self._kept.get(key)) is not None:
-                self._kept.move_to_end(key)
-                return prefix
-        prefix = make()
-        with self._lock:
-            self._kept[key] = prefix
-            while len(self._kept) > MOST_VOICES:
-                self._kept.popitem(last=False)
-        return prefix
-
-    def clear(self) -> None:
-        """Forgets all."""
-        with self._lock:
-            self._kept.clear()
-
-    def __len__(self) -> int:
-        return len(self._kept)
 
 
 def check_conditioning(t3: Any, t3_cond: Any) -> bytes:

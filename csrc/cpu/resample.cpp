@@ -68,21 +68,6 @@ struct Task {
   float* out;  // of output 0
 };
 
-// The sum of the lanes of vector i is lane i.
-CBF_INLINE Floats sum_of_each(const Floats (&v)[kLanes]) {
-  Floats pairs[4], fours[2];
-  for (int i = 0; i < 4; ++i) {
-    pairs[i] = CBF_SHUFFLE(v[2 * i], v[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
-               CBF_SHUFFLE(v[2 * i], v[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
-  }
-  for (int i = 0; i < 2; ++i) {
-    fours[i] = CBF_SHUFFLE(pairs[2 * i], pairs[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
-               CBF_SHUFFLE(pairs[2 * i], pairs[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
-  }
-  return CBF_SHUFFLE(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
-         CBF_SHUFFLE(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
-}
-
 // Floats anywhere in memory, read once: GCC would read them again for each product.
 using FloatsOnce =
     const volatile float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));

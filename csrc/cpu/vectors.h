@@ -49,6 +49,23 @@ CBF_INLINE float sum(Floats vector) {
   return lanes[0];
 }
 
+// Lane j is the sum of the lanes of vector j.
+CBF_INLINE Floats sum_of_each(const Floats (&v)[kLanes]) {
+  Floats pairs[4], fours[2];
+  for (int i = 0; i < 4; ++i) {
+    const Floats a = v[2 * i], b = v[2 * i + 1];
+    pairs[i] =
+        CBF_SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + CBF_SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const Floats a = pairs[2 * i], b = pairs[2 * i + 1];
+    fours[i] =
+        CBF_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + CBF_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  return CBF_SHUFFLE(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         CBF_SHUFFLE(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
 CBF_INLINE Floats all(float x) { return Floats{} + x; }
 
 // exp(x) for x <= 0, to about one unit in the last place; 0 below the least normal number. Cephes'

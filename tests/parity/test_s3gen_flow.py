@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from toolkit import Dispatched
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatterbox_fast import patched, report
 from chatterbox_fast.modules import signature
@@ -183,21 +182,6 @@ def test_an_engine_is_kept_and_a_copy_has_its_own(guided: Any) -> None:
 # ---- who runs
 
 
-class Dispatched(TorchDispatchMode):
-    """Counts ops that are no views, and looks at a value on the host."""
-
-    count = looks = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        del types
-        looking = ("aten::_local_scalar", "aten::item", "aten::nonzero")
-        self.looks += func.name().startswith(looking)
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
 def deep(size: str = "tiny") -> Any:
     """A flow of stock's depth: its middle blocks are the first one, again and again."""
     decoder = random_s3gen(size).flow.decoder  # type: ignore[arg-type]
@@ -218,11 +202,11 @@ def test_what_ten_steps_dispatch_at_full_depth() -> None:
     with Dispatched() as ours:
         mel = engine.mel(*arguments)
     assert mel.isfinite().all()
-    assert ours.looks == 0
+    assert ours.looks() == 0
     with Dispatched() as stocks:
         type(decoder).forward(decoder, **given, n_timesteps=10)
-    assert stocks.looks == 140
-    assert ours.count <= 7000 <= 12000 <= stocks.count
+    assert stocks.looks() == 140
+    assert ours.ops.total() <= 7000 <= 12000 <= stocks.ops.total()
 
 
 class Renamed(nn.Linear):
