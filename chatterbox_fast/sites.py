@@ -13,11 +13,17 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any, NamedTuple
 
+import torch
+
 from . import dispatch
 from .options import Options
 from .overrides import Change, Override, bound, is_ours
 from .request import Request, current_request, serving
 from .rng import Generators, check_seed, drawing_by_name
+from .s3gen import runner as s3gen_runner
+from .s3gen.engine import Engines as S3GenEngines
+from .s3gen.engine import FlowEngine, flow_signature
+from .s3gen.support import why_flow_unsupported
 from .t3 import runner, weights
 from .t3.engine import Engine, Engines
 from .t3.support import why_unsupported
@@ -115,7 +121,7 @@ def sites_of(model: Any, options: Options) -> list[Site]:
     sites = [Site("generate", model, "generate", make, lambda: [generate])]
     if hasattr(model, "t3") and not getattr(model.t3, "is_gpt", False):
         sites.append(t3_site(model.t3, options))
-    return sites
+    return [*sites, flow_site(model.s3gen)]
 
 
 def t3_site(t3: Any, options: Options) -> Site:
@@ -159,12 +165,31 @@ def describe_memory(t3: Any, engine: Engine) -> Row:
     return Row("  weights", size, t3.device.type, f"before -> now{host}")
 
 
+def flow_site(s3gen: Any) -> Site:
+    """S3Gen's flow: speech tokens to mel."""
+    engines = S3GenEngines(FlowEngine, flow_signature)
+    make = functools.partial(make_flow_inference, engines=engines)
+    name = "s3gen.flow"
+    rows = functools.partial(describe_s3gen, name, s3gen.flow, why_flow_unsupported)
+    return Site(name, s3gen.flow, "inference", make, rows)
+
+
+def describe_s3gen(
+    name: str, module: Any, why_unsupported: Callable[[Any], str | None]
+) -> list[Row]:
+    """What a stage of S3Gen would run if it were called now."""
+    if (reason := why_unsupported(module)) is not None:
+        return [Row(name, "stock", "torch", reason)]
+    device = next(module.parameters()).device
+    return [Row(name, "engine, exact", f"{device.type}, eager", "S3Gen has no other precision yet")]
+
+
 def describe_rest(model: Any, options: Options) -> list[Row]:
     """What no site replaces: the stages without an engine, the watermark."""
     rows = []
     if hasattr(model, "t3") and getattr(model.t3, "is_gpt", False):
         rows.append(Row("t3.inference_turbo", "stock", "torch", str(why_unsupported(model.t3))))
-    rows.append(Row("s3gen.inference", "stock", "torch", "no engine yet"))
+    rows.append(Row("s3gen.vocoder", "stock", "torch", "no engine yet"))
     if options.watermark:
         rows.append(Row("watermark", "Perth (stock)", "cpu", "watermark=True"))
     else:
@@ -227,6 +252,38 @@ def make_t3_inference(stock: Callable[..., Any], *, engines: Engines) -> Callabl
         generator = current_request().generator(self.device)
         with drawing_by_name():
             return runner.inference(self, engines.of(self), **arguments, generator=generator)
+
+    return inference
+
+
+def make_flow_inference(
+    stock: Callable[..., Any], *, engines: S3GenEngines[FlowEngine]
+) -> Callable[..., Any]:
+    """Tokens to mel: the engine where it computes the same as stock, else stock."""
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    @torch.inference_mode()
+    def inference(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if why_flow_unsupported(self) is not None:
+            return stock(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        arguments = given.arguments
+        utterance = s3gen_runner.read_utterance(self, arguments)
+        if utterance is None:
+            return stock(self, *args, **kwargs)
+        with drawing_by_name():
+            mel = s3gen_runner.flow_inference(
+                self,
+                engines.of(self),
+                utterance,
+                finalize=arguments["finalize"],
+                n_timesteps=arguments["n_timesteps"],
+                noised_mels=arguments["noised_mels"],
+                generator=current_request().generator(utterance.tokens.device),
+            )
+        return mel, None
 
     return inference
 

@@ -78,7 +78,13 @@ def other_voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def instance_dictionaries(model: Any) -> dict[str, dict[str, int]]:
     """The instance dictionaries that patch() may touch: attribute -> identity of its value."""
-    owners = {"model": model, "t3": getattr(model, "t3", None), "s3gen": model.s3gen}
+    owners = {
+        "model": model,
+        "t3": getattr(model, "t3", None),
+        "s3gen": model.s3gen,
+        "flow": model.s3gen.flow,
+        "vocoder": model.s3gen.mel2wav,
+    }
     # patched_model and compiled are what stock's own T3.inference leaves behind.
     own = {"patched_model", "compiled"}
     return {
@@ -86,6 +92,12 @@ def instance_dictionaries(model: Any) -> dict[str, dict[str, int]]:
         for name, owner in owners.items()
         if owner is not None
     }
+
+
+def same_audio(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two waveforms are equal up to rounding: within 1e-4 of the loudest sample."""
+    close = (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+    return found.shape == expected.shape and bool(close)
 
 
 _engines: WeakKeyDictionary[Any, dict[Options, Engines]] = WeakKeyDictionary()

@@ -28,7 +28,9 @@ def test_demo_compares_and_writes_what_it_says(
     result = json.loads(raw.read_text())
     assert "tokens equal: 10 of 10" in out
     assert (result["token_count"], result["tokens_equal"]) == (10, 10)
-    assert (result["mel_difference"], result["audio_difference"]) == (0.0, 0.0)
+    # A mel's values are of the order of 1 and the audio's below 1.
+    assert result["mel_difference"] < 1e-5
+    assert result["audio_difference"] < 1e-5
     assert result["weights"] == "random, tiny"
     for stages in (result["stock_seconds"], result["patched_seconds"]):
         assert tuple(stages) == demo.STAGES

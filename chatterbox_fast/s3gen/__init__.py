@@ -1,0 +1,1 @@
+"""S3Gen: speech tokens -> encoder -> flow solver -> mel -> vocoder -> audio, for inference."""
