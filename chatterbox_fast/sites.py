@@ -23,7 +23,8 @@ from .rng import Generators, check_seed, drawing_by_name
 from .s3gen import runner as s3gen_runner
 from .s3gen.engine import Engines as S3GenEngines
 from .s3gen.engine import FlowEngine, flow_signature
-from .s3gen.support import why_flow_unsupported
+from .s3gen.support import why_flow_unsupported, why_vocoder_unsupported
+from .s3gen.vocoder import VocoderWeights, pack_vocoder
 from .t3 import runner, weights
 from .t3.engine import Engine, Engines
 from .t3.support import why_unsupported
@@ -121,7 +122,7 @@ def sites_of(model: Any, options: Options) -> list[Site]:
     sites = [Site("generate", model, "generate", make, lambda: [generate])]
     if hasattr(model, "t3") and not getattr(model.t3, "is_gpt", False):
         sites.append(t3_site(model.t3, options))
-    return [*sites, flow_site(model.s3gen)]
+    return [*sites, flow_site(model.s3gen), vocoder_site(model.s3gen)]
 
 
 def t3_site(t3: Any, options: Options) -> Site:
@@ -174,6 +175,15 @@ def flow_site(s3gen: Any) -> Site:
     return Site(name, s3gen.flow, "inference", make, rows)
 
 
+def vocoder_site(s3gen: Any) -> Site:
+    """S3Gen's vocoder: mel to audio."""
+    engines = S3GenEngines(pack_vocoder)
+    make = functools.partial(make_vocoder_inference, engines=engines)
+    name = "s3gen.vocoder"
+    rows = functools.partial(describe_s3gen, name, s3gen.mel2wav, why_vocoder_unsupported)
+    return Site(name, s3gen.mel2wav, "inference", make, rows)
+
+
 def describe_s3gen(
     name: str, module: Any, why_unsupported: Callable[[Any], str | None]
 ) -> list[Row]:
@@ -189,7 +199,6 @@ def describe_rest(model: Any, options: Options) -> list[Row]:
     rows = []
     if hasattr(model, "t3") and getattr(model.t3, "is_gpt", False):
         rows.append(Row("t3.inference_turbo", "stock", "torch", str(why_unsupported(model.t3))))
-    rows.append(Row("s3gen.vocoder", "stock", "torch", "no engine yet"))
     if options.watermark:
         rows.append(Row("watermark", "Perth (stock)", "cpu", "watermark=True"))
     else:
@@ -284,6 +293,36 @@ def make_flow_inference(
                 generator=current_request().generator(utterance.tokens.device),
             )
         return mel, None
+
+    return inference
+
+
+def make_vocoder_inference(
+    stock: Callable[..., Any], *, engines: S3GenEngines[VocoderWeights]
+) -> Callable[..., Any]:
+    """Mel to audio: the engine where it computes the same as stock, else stock."""
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    @torch.inference_mode()
+    def inference(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if why_vocoder_unsupported(self) is not None:
+            return stock(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        vocoder = engines.of(self)
+        mel = s3gen_runner.read_mel(vocoder, given.arguments)
+        if mel is None:
+            return stock(self, *args, **kwargs)
+        request = current_request()
+        with drawing_by_name():
+            return s3gen_runner.vocoder_inference(
+                vocoder,
+                mel,
+                given.arguments["cache_source"],
+                generator=request.generator(mel.device),
+                cpu_generator=request.generator(torch.device("cpu")),
+            )
 
     return inference
 

@@ -1,4 +1,4 @@
-"""Random S3Gens that no layer of theirs can hide in, utterances for them, and how far off a result is."""
+"""Random S3Gens that no layer can hide in, utterances for them, how far off a result is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from chatterbox_fast.overrides import apply_all, undo_all
-from chatterbox_fast.sites import flow_site
+from chatterbox_fast.sites import flow_site, vocoder_site
 from chatterbox_fast.testing import random_s3gen
 
 VOCABULARY = 6561
@@ -18,7 +18,7 @@ def rough_s3gen(size: Any = "tiny", *, meanflow: bool = False) -> Any:
     """A random S3Gen without the zeros and ones of its initialisation, and with a voice.
 
     Stock's biases are zero and its norms and Snakes one at first: whoever forgot them would not be
-    found out. F0 lies on both sides of the voiced threshold, at some hundred Hz.
+    found out. F0 lies on both sides of the voiced threshold, by up to some hundred Hz.
     """
     s3gen = random_s3gen(size, meanflow=meanflow, seed=1)
     source = torch.Generator().manual_seed(7)
@@ -30,7 +30,7 @@ def rough_s3gen(size: Any = "tiny", *, meanflow: bool = False) -> Any:
         if meanflow:
             mixer = s3gen.flow.decoder.estimator.time_embed_mixer.weight
             mixer += 0.02 * torch.randn(mixer.shape, generator=source)
-        s3gen.mel2wav.f0_predictor.classifier.weight *= 3000
+        s3gen.mel2wav.f0_predictor.classifier.weight *= 600
     return s3gen
 
 
@@ -67,7 +67,7 @@ class Engine:
     """Within this context, `s3gen` runs on the engine; else it is stock's."""
 
     def __init__(self, s3gen: Any) -> None:
-        self.changes = flow_site(s3gen).changes()
+        self.changes = [*flow_site(s3gen).changes(), *vocoder_site(s3gen).changes()]
 
     def __enter__(self) -> None:
         apply_all(self.changes)

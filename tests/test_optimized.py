@@ -8,9 +8,9 @@ from typing import Any
 import perth
 import pytest
 import torch
-from conftest import same_audio
 from chatterbox.models.t3.llama_configs import LLAMA_CONFIGS
 from chatterbox.tts import ChatterboxTTS
+from conftest import same_audio
 from safetensors.torch import save_file
 
 import chatterbox_fast

@@ -20,6 +20,7 @@ from chatterbox_fast.testing import random_model, random_t3
 from chatterbox_fast.watermark import NoWatermark
 
 TEXT = "Hello there."
+ENGINES = ("t3.inference", "s3gen.flow", "s3gen.vocoder")
 
 
 def row(model: Any, site: str) -> Row:
@@ -171,14 +172,20 @@ def test_only_chatterbox_objects_are_taken() -> None:
 
 def test_strict_raises_and_leaves_the_model_as_it_was(english: Any) -> None:
     before = instance_dictionaries(english)
-    with pytest.raises(RuntimeError, match="strict=True, but s3gen.vocoder is left to stock"):
+    with patched(english, strict=True):
+        assert {row(english, site).runs for site in ENGINES} == {"engine, exact"}
+    english.s3gen.mel2wav.train()
+    before = instance_dictionaries(english)
+    refused = pytest.raises(RuntimeError, match="strict=True, but s3gen.vocoder is left to stock")
+    with refused:
         patch(english, strict=True)
     assert instance_dictionaries(english) == before
     patch(english, progress=True)
-    with pytest.raises(RuntimeError, match="strict=True"):
+    with refused:
         patch(english, strict=True)
     assert english._chatterbox_fast.options.progress, "the patch that was there is there again"
     unpatch(english)
+    english.s3gen.mel2wav.eval()
 
 
 def test_what_others_replaced_is_left_alone(english: Any) -> None:
@@ -243,10 +250,10 @@ def test_the_report_says_what_has_no_engine(english: Any) -> None:
         assert engine.runs == "engine, exact"
         assert engine.backend == "cpu, compiled"
         assert engine.why == "a CPU gains nothing from fp16; graphs are a GPU's"
-        assert row(english, "s3gen.flow") == (
-            "s3gen.flow", "engine, exact", "cpu, eager", "S3Gen has no other precision yet"
-        )  # fmt: skip
-        assert row(english, "s3gen.vocoder").runs == "stock"
+        for site in ("s3gen.flow", "s3gen.vocoder"):
+            assert tuple(row(english, site))[1:] == (
+                "engine, exact", "cpu, eager", "S3Gen has no other precision yet"
+            )  # fmt: skip
         assert row(english, "watermark").runs == "none"
         for op in dispatch.OPS:
             assert row(english, f"  {op}")[2:] == ("extension", "compiled for cpu")
@@ -271,18 +278,16 @@ def test_public_names() -> None:
         _ = chatterbox_fast.nothing
 
 
-@pytest.mark.parametrize(
-    ("kind", "site", "reason"),
-    [
-        ("turbo", "t3.inference_turbo", "no engine yet for the GPT-2 backbone"),
-        ("vc", "s3gen.vocoder", "no engine yet"),
-    ],
-)
-def test_what_is_not_supported_is_left_to_stock(kind: Any, site: str, reason: str) -> None:
+@pytest.mark.parametrize("kind", ["turbo", "vc"])
+def test_s3gen_has_an_engine_where_t3_has_none(kind: Any) -> None:
     model = random_model(kind, "tiny")
     with patched(model):
-        assert row(model, site).runs == "stock"
-        assert row(model, site).why.startswith(reason)
+        for site in ("s3gen.flow", "s3gen.vocoder"):
+            assert row(model, site).runs == "engine, exact"
+        if kind == "turbo":
+            assert row(model, "t3.inference_turbo").runs == "stock"
+            reason = "no engine yet for the GPT-2 backbone"
+            assert row(model, "t3.inference_turbo").why.startswith(reason)
 
 
 def test_the_two_upstreams_are_told_apart() -> None:

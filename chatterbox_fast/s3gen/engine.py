@@ -25,8 +25,7 @@ class FlowEngine:
     """
 
     def __init__(self, flow: Any) -> None:
-        with torch.no_grad():
-            self.solver = pack_flow(flow.decoder)
+        self.solver = pack_flow(flow.decoder)
         self._decoder = flow.decoder
         self._tables: OrderedDict[int, TimeTable] = OrderedDict()
         self._lock = Lock()
@@ -36,7 +35,7 @@ class FlowEngine:
         with self._lock:
             table = self._tables.pop(n_timesteps, None)
             if table is None:
-                with torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad():
                     table = time_table(self._decoder, n_timesteps)
             self._tables[n_timesteps] = table
             while len(self._tables) > TABLES:
@@ -75,8 +74,8 @@ class Engines(Generic[Engine]):
             if known is not None and known[0] == now:
                 return known[1]
             self._of.pop(module, None)
-            # Not as inference tensors, which an autograd or compiled caller could not read.
-            with torch.inference_mode(False):
+            # Not as inference tensors, which a caller outside of inference mode could not use.
+            with torch.inference_mode(False), torch.no_grad():
                 engine = self._make(module)
             self._of[module] = (now, engine)
             return engine

@@ -107,7 +107,7 @@ def _sequence(image: Tensor) -> Tensor:
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:
-    """Full attention over ``(B, T, 3 H D)``, which holds q, k and v side by side: ``(B, T, H D)``."""
+    """Full attention, ``(B, T, H D)``, over q, k and v side by side in ``(B, T, 3 H D)``."""
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 

@@ -5,6 +5,7 @@ What the engine does not compute goes to stock: batches of unequal lengths, odd 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .engine import FlowEngine
 from .flow import condition, solve
+from .vocoder import Draws, VocoderWeights, decode, f0, source
 
 
 class Utterance(NamedTuple):
@@ -105,3 +107,60 @@ def flow_inference(
     given = condition(engine.solver, mu, speaker, prompt)
     mel = solve(engine.solver, engine.table(n_timesteps), given, noise.transpose(1, 2).contiguous())
     return mel[:, known:].transpose(1, 2)
+
+
+def read_mel(vocoder: VocoderWeights, arguments: dict[str, Any]) -> Tensor | None:
+    """The mel of stock's ``mel2wav.inference`` as ``(B, T, 80)``; None where stock must run.
+
+    Raises:
+        ValueError: a mel without frames.
+    """
+    mel: Tensor = arguments["speech_feat"]
+    bands = vocoder.conv_pre.weight.shape[1]
+    if mel.ndim != 3 or mel.shape[1] != bands or mel.dtype != vocoder.conv_pre.weight.dtype:
+        return None
+    if mel.shape[2] == 0:
+        raise ValueError(
+            f"chatterbox_fast: speech_feat must have at least one frame, got {tuple(mel.shape)}; "
+            "no speech tokens, no audio"
+        )
+    return mel.transpose(1, 2).contiguous()
+
+
+def vocoder_inference(
+    vocoder: VocoderWeights,
+    mel: Tensor,
+    cache_source: Tensor,
+    *,
+    generator: torch.Generator | None,
+    cpu_generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """The waveform ``(B, L)`` of mel ``(B, T, 80)``, and its excitation ``(B, 1, L)``.
+
+    Args:
+        cache_source: ``(B, 1, N)``, takes the place of the first N samples of the excitation.
+        generator: what the noise is drawn from; None is torch's global generator.
+        cpu_generator: the same for the phase, which stock draws on the CPU.
+    """
+    draws = draw_source(vocoder, mel, generator, cpu_generator)
+    excitation = source(vocoder, f0(vocoder, mel), draws)
+    if cache_source.shape[2] != 0:
+        excitation[:, :, : cache_source.shape[2]] = cache_source
+    return decode(vocoder, mel, excitation), excitation
+
+
+def draw_source(
+    vocoder: VocoderWeights,
+    mel: Tensor,
+    generator: torch.Generator | None,
+    cpu_generator: torch.Generator | None,
+) -> Draws:
+    """Stock's draws in stock's order, the last of which stock does not use."""
+    rows, samples = len(mel), mel.shape[1] * vocoder.upsample
+    harmonics = len(vocoder.harmonics)
+    phase = torch.rand(rows, harmonics, 1, generator=cpu_generator, device="cpu")
+    phase = phase.mul_(2 * math.pi).sub_(math.pi)
+    phase[:, 0] = 0
+    noise = mel.new_empty(rows, harmonics, samples).normal_(generator=generator)
+    mel.new_empty(rows, samples, 1).normal_(generator=generator)
+    return Draws(phase.to(mel.device, mel.dtype), noise)
