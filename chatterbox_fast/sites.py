@@ -278,14 +278,14 @@ def make_flow_inference(
             return stock(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
-        arguments = given.arguments
-        utterance = s3gen_runner.read_utterance(self, arguments)
+        arguments, engine = given.arguments, engines.of(self)
+        utterance = s3gen_runner.read_utterance(self, engine, arguments)
         if utterance is None:
             return stock(self, *args, **kwargs)
         with drawing_by_name():
             mel = s3gen_runner.flow_inference(
                 self,
-                engines.of(self),
+                engine,
                 utterance,
                 finalize=arguments["finalize"],
                 n_timesteps=arguments["n_timesteps"],

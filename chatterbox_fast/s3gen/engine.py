@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ..t3.weights import signature
+from .encoder import pack_encoder
 from .flow import TimeTable, pack_flow, time_table
 
 TABLES = 4
@@ -21,10 +22,12 @@ class FlowEngine:
     """The flow of one S3Gen. Immutable but for its tables; threads share it.
 
     Attributes:
+        encoder: the encoder's weights.
         solver: the flow solver's weights.
     """
 
     def __init__(self, flow: Any) -> None:
+        self.encoder = pack_encoder(flow)
         self.solver = pack_flow(flow.decoder)
         self._decoder = flow.decoder
         self._tables: OrderedDict[int, TimeTable] = OrderedDict()

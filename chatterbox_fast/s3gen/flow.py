@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layers import Linear, Norm, SequenceConv, attention, full_conv, linear, norm
+from .layers import Linear, Norm, SequenceConv, attention, full_conv, linear, merged, norm
 
 
 class Transformer(NamedTuple):
@@ -174,7 +174,7 @@ def _transformer(module: Any) -> Transformer:
     attn, ff = module.attn1, module.ff.net
     return Transformer(
         norm=norm(module.norm1),
-        qkv=linear(attn.to_q, attn.to_k, attn.to_v),
+        qkv=merged([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight]),
         out=linear(attn.to_out[0]),
         heads=attn.heads,
         ff_norm=norm(module.norm3),

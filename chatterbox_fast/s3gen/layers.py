@@ -5,6 +5,7 @@ Sequences are ``(B, T, C)``, channels last, so that no layer transposes what the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,9 +33,15 @@ class Linear(NamedTuple):
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU (the exact one, by erf) of the output."""
-        if self.onednn:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
-        return F.gelu(self(x))
+        return self._activated(x, "gelu", "none") if self.onednn else F.gelu(self(x))
+
+    def silu(self, x: Tensor) -> Tensor:
+        """SiLU of the output."""
+        return self._activated(x, "swish", "") if self.onednn else F.silu(self(x), inplace=True)
+
+    def _activated(self, x: Tensor, name: str, algorithm: str) -> Tensor:
+        fused = torch.ops.mkldnn._linear_pointwise
+        return fused(x, self.weight, self.bias, name, [], algorithm)
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """``residual`` + the output; neither is changed."""
@@ -112,15 +119,15 @@ def attention(qkv: Tensor, heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def linear(*modules: Any) -> Linear:
-    """The linear layers (or convolutions of width 1) `modules`, which read the same input, as one.
+def linear(module: Any) -> Linear:
+    """A linear layer, or a convolution of width 1, with its own parameters."""
+    weight = module.weight.detach().flatten(1)
+    return Linear(weight, _detached(module.bias), has_onednn(weight))
 
-    One alone keeps its own parameters; several are a copy.
-    """
-    weights = [module.weight.detach().flatten(1) for module in modules]
-    biases = [module.bias.detach() for module in modules if module.bias is not None]
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
+
+def merged(weights: Sequence[Tensor], bias: Tensor | None = None) -> Linear:
+    """One linear layer of the weights ``(N, K)`` of several, which read the same input; a copy."""
+    weight = torch.cat([each.detach() for each in weights])
     return Linear(weight, bias, has_onednn(weight))
 
 

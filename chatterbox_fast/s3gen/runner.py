@@ -1,6 +1,7 @@
 """S3Gen's two stages as stock's callers see them: the arguments read, the draws, the engine.
 
-What the engine does not compute goes to stock: batches of unequal lengths, odd dtypes.
+What the engine does not compute goes to stock: batches of unequal lengths, odd dtypes, more than
+100 s at once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .encoder import encode
 from .engine import FlowEngine
 from .flow import condition, solve
 from .vocoder import Draws, VocoderWeights, decode, f0, source
@@ -31,7 +33,7 @@ class Utterance(NamedTuple):
     prompt: Tensor
 
 
-def read_utterance(flow: Any, arguments: dict[str, Any]) -> Utterance | None:
+def read_utterance(flow: Any, engine: FlowEngine, arguments: dict[str, Any]) -> Utterance | None:
     """The arguments of stock's ``flow.inference``; None where stock must run.
 
     The values of tokens and lengths are read on the host, all at once: one sync on a GPU.
@@ -62,7 +64,7 @@ def read_utterance(flow: Any, arguments: dict[str, Any]) -> Utterance | None:
         raise IndexError(
             f"chatterbox_fast: speech tokens must be in [0, {flow.vocab_size}), got {bad}"
         )
-    if not shortest == longest == tokens.shape[1]:
+    if not shortest == longest == tokens.shape[1] <= engine.encoder.longest:
         return None
     return Utterance(tokens, speaker.expand(rows, -1), prompt.expand(rows, -1, -1))
 
@@ -85,12 +87,9 @@ def flow_inference(
         noised_mels: ``(B, 80, M')``, takes the place of the last M' frames of noise (meanflow).
         generator: what the noise is drawn from; None is torch's global generator.
     """
-    tokens = utterance.tokens
-    lengths = tokens.new_full((len(tokens),), tokens.shape[1])
-    hidden, _ = flow.encoder(flow.input_embedding(tokens), lengths)
+    mu = encode(engine.encoder, utterance.tokens)
     if finalize is False:
-        hidden = hidden[:, : -flow.pre_lookahead_len * flow.token_mel_ratio]
-    mu = flow.encoder_proj(hidden)
+        mu = mu[:, : -flow.pre_lookahead_len * flow.token_mel_ratio]
     rows, frames, bands = mu.shape
     known = utterance.prompt.shape[1]
     if known > frames:

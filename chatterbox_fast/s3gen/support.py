@@ -92,8 +92,10 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 def why_flow_unsupported(flow: Any) -> str | None:
     """The reason why this flow (tokens to mel) must be left to stock, or None."""
-    return _why_not(flow, "CausalMaskedDiffWithXvec", FLOW_PARAMETERS) or _why_not_estimator(
-        flow.decoder.estimator
+    return (
+        _why_not(flow, "CausalMaskedDiffWithXvec", FLOW_PARAMETERS)
+        or _why_not_encoder(flow.encoder)
+        or _why_not_estimator(flow.decoder.estimator)
     )
 
 
@@ -159,6 +161,15 @@ def _why_not_tensors(module: nn.Module) -> str | None:
     return None
 
 
+def _why_not_encoder(encoder: Any) -> str | None:
+    for layer in (*encoder.encoders, *encoder.up_encoders):
+        if type(layer.feed_forward.activation) is not nn.SiLU:
+            return f"the encoder's activation is {layer.feed_forward.activation}, not SiLU"
+        if layer.self_attn.linear_k.bias is None:
+            return "the encoder's keys have no bias"
+    return None
+
+
 def _why_not_estimator(estimator: Any) -> str | None:
     blocks = len(estimator.down_blocks), len(estimator.up_blocks)
     if blocks != (1, 1):
@@ -168,6 +179,9 @@ def _why_not_estimator(estimator: Any) -> str | None:
             attention = block.attn1
             if not type(attention.processor).__qualname__.startswith("AttnProcessor"):
                 return f"attention runs by a {type(attention.processor).__qualname__}"
+            projections = attention.to_q, attention.to_k, attention.to_v
+            if any(each.bias is not None for each in projections):
+                return "attention's projections have biases"
             width = attention.inner_dim // attention.heads
             if attention.scale != width**-0.5:
                 return f"attention scales by {attention.scale}, not {width**-0.5}"
