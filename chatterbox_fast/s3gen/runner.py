@@ -103,9 +103,22 @@ def flow_inference(
         noise[..., frames - noised_mels.shape[2] :] = noised_mels
     prompt = F.pad(utterance.prompt.to(mu.dtype), (0, 0, 0, frames - known))
     speaker = flow.spk_embed_affine_layer(F.normalize(utterance.speaker, dim=1))
-    given = condition(engine.solver, mu, speaker, prompt)
-    mel = solve(engine.solver, engine.table(n_timesteps), given, noise.transpose(1, 2).contiguous())
+    mel = solve_from(engine, mu, speaker, prompt, noise, n_timesteps)
     return mel[:, known:].transpose(1, 2)
+
+
+def solve_from(
+    engine: FlowEngine,
+    mu: Tensor,
+    speaker: Tensor,
+    prompt: Tensor,
+    noise: Tensor,
+    n_timesteps: int,
+) -> Tensor:
+    """Mel ``(B, T, 80)`` from noise ``(B, 80, T)``; the rest as `condition` takes it."""
+    given = condition(engine.solver, mu, speaker, prompt)
+    table = engine.table(n_timesteps)
+    return solve(engine.solver, table, given, noise.transpose(1, 2).contiguous())
 
 
 def read_mel(vocoder: VocoderWeights, arguments: dict[str, Any]) -> Tensor | None:
