@@ -73,6 +73,8 @@ class Site:
         taken = vars(self.owner).get(self.attribute)
         if taken is not None and not is_ours(taken):
             return "replaced by someone else"
+        if not hasattr(type(self.owner), self.attribute):
+            return f"a {type(self.owner).__qualname__} has no {self.attribute}()"
         function = inspect.unwrap(getattr(type(self.owner), self.attribute))
         if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
             return f"{self.attribute}() is a generator or a coroutine"

@@ -112,8 +112,9 @@ def stock_after_seed(model: Any, seed: int, **arguments: Any) -> torch.Tensor:
 
 def test_a_deep_copy_runs_on_its_own_weights(english: Any) -> None:
     with patched(english):
-        copied = copy.deepcopy(english.t3)
-        assert copied.inference.__self__ is copied
+        for part in (english.t3, english.s3gen.flow, english.s3gen.mel2wav):
+            copied = copy.deepcopy(part)
+            assert copied.inference.__self__ is copied
 
 
 def test_threads_that_patch_at_once_patch_once(english: Any) -> None:
@@ -198,6 +199,16 @@ def test_what_others_replaced_is_left_alone(english: Any) -> None:
         assert vars(english.t3)["inference"] is own
     finally:
         del english.t3.inference
+
+
+def test_another_vocoder_is_left_alone(english: Any) -> None:
+    stock, english.s3gen.mel2wav = english.s3gen.mel2wav, torch.nn.Identity()
+    try:
+        with patched(english):
+            assert row(english, "s3gen.flow").runs == "engine, exact"
+            assert row(english, "s3gen.vocoder").why == "a Identity has no inference()"
+    finally:
+        english.s3gen.mel2wav = stock
 
 
 def test_unpatch_refuses_to_remove_what_others_put_on_top(english: Any) -> None:
