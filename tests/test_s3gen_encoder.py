@@ -92,7 +92,7 @@ def test_longer_than_the_table_is_stocks() -> None:
 def test_other_encoders_are_left_to_stock() -> None:
     flow = rough_s3gen().flow
     flow.encoder.use_dynamic_chunk = True
-    assert why_flow_unsupported(flow) == "encoder.use_dynamic_chunk is True, not False"
+    assert why_flow_unsupported(flow) == "encoder has use_dynamic_chunk True, not False"
     flow.encoder.use_dynamic_chunk = False
     layer = flow.encoder.up_encoders[0]
     layer.self_attn.linear_k = torch.nn.Linear(512, 512, bias=False)

@@ -10,9 +10,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..t3.weights import signature
+from ..t3.weights import signature_of
 from .encoder import pack_encoder
 from .flow import TimeTable, pack_flow, time_table
+from .support import parameters_of
 
 TABLES = 4
 """Numbers of Euler steps whose tables are kept."""
@@ -51,6 +52,11 @@ def flow_signature(flow: Any) -> tuple[Any, ...]:
     decoder = flow.decoder
     constants = decoder.inference_cfg_rate, decoder.t_scheduler, decoder.estimator.meanflow
     return (*signature(flow), *constants)
+
+
+def signature(module: Any) -> tuple[Any, ...]:
+    """Changes when a parameter is replaced, moved, converted or written to, as in T3's engine."""
+    return signature_of(parameters_of(module))
 
 
 Engine = TypeVar("Engine")

@@ -6,8 +6,8 @@ what they are set to, dtype, device, hooks.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -111,7 +111,7 @@ def _why_not(module: Any, name: str, parameters: set[str]) -> str | None:
         return "the module is in training mode"
     return (
         _why_not_inference(type(module), parameters)
-        or next(_odd_parts(module), None)
+        or _why_not_parts(module)
         or _why_not_tensors(module)
     )
 
@@ -127,32 +127,50 @@ def _why_not_inference(stock_class: Any, known: set[str]) -> str | None:
     return None
 
 
-def _odd_parts(root: nn.Module) -> Iterator[str]:
-    for path, module in root.named_modules():
-        kind = type(module).__qualname__
-        if not _is_known(type(module)):
-            yield f"{path} is a {kind}"
-        for name, expected in _SETTINGS.get(kind, {}).items():
-            if (found := getattr(module, name, expected)) != expected:
-                yield f"{path}.{name} is {found!r}, not {expected!r}"
-        if "forward" in vars(module) and not is_ours(vars(module)["forward"]):
-            yield f"the forward of {path or kind} is replaced and would not be called"
-        if module._forward_hooks or module._forward_pre_hooks:
-            yield f"a forward hook on {path or kind} would not be called"
+def _why_not_parts(root: nn.Module) -> str | None:
+    """What is odd about the first part of `root` that is odd, or None."""
+    for module in root.modules():  # a thousand, at every call: their paths wait until needed
+        if (reason := _why_odd(module)) is not None:
+            path = next(path for path, each in root.named_modules() if each is module)
+            return f"{path or type(module).__qualname__} {reason}"
+    return None
 
 
-def _is_known(kind: type) -> bool:
-    return any(
-        kind.__module__.startswith(package) and kind.__qualname__ in names
-        for package, names in _KNOWN.items()
+def _why_odd(module: nn.Module) -> str | None:
+    known, settings = _expected(type(module))  # type: ignore[arg-type]
+    own = vars(module)
+    if not known:
+        return f"is a {type(module).__qualname__}"
+    for name, expected in settings:
+        if (found := getattr(module, name, expected)) != expected:
+            return f"has {name} {found!r}, not {expected!r}"
+    if "forward" in own and not is_ours(own["forward"]):
+        return "has a forward of its own, which would not be called"
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return "has a forward hook, which would not be called"
+    return None
+
+
+@functools.lru_cache(256)
+def _expected(kind: type) -> tuple[bool, tuple[tuple[str, Any], ...]]:
+    """Whether stock's flow or vocoder has such modules, and what theirs are set to."""
+    name = kind.__qualname__
+    known = any(
+        kind.__module__.startswith(package) and name in names for package, names in _KNOWN.items()
     )
+    return known, tuple(_SETTINGS.get(name, {}).items())
 
 
-def _why_not_tensors(module: nn.Module) -> str | None:
-    parameters = list(module.parameters())
-    dtypes = {str(p.dtype) for p in parameters}
-    if dtypes not in ({"torch.float32"}, {"torch.float64"}):
-        return f"its weights are {', '.join(sorted(dtypes))}; the exact engine takes float32"
+def parameters_of(root: nn.Module) -> list[nn.Parameter]:
+    """All parameters; where modules share one it is there twice. Half the time of torch's own."""
+    return [p for module in root.modules() for p in module._parameters.values() if p is not None]
+
+
+def _why_not_tensors(root: nn.Module) -> str | None:
+    parameters = parameters_of(root)
+    if {p.dtype for p in parameters} not in ({torch.float32}, {torch.float64}):
+        dtypes = ", ".join(sorted({str(p.dtype) for p in parameters}))
+        return f"its weights are {dtypes}; the exact engine takes float32"
     devices = {p.device for p in parameters}
     if len(devices) != 1 or (device := devices.pop()).type == "meta":
         return "its weights are not on one device"

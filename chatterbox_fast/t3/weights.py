@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -206,9 +207,13 @@ def signature(t3: Any) -> tuple[Any, ...]:
     Writing through ``parameter.data`` goes unnoticed, as it does for autograd, and so does writing
     into a parameter that was made in inference mode.
     """
+    return signature_of(t3.parameters())
+
+
+def signature_of(parameters: Iterable[Tensor]) -> tuple[Any, ...]:
+    """`signature` of the `parameters` alone."""
     return tuple(
-        (p.data_ptr(), p.device, p.dtype, 0 if p.is_inference() else p._version)
-        for p in t3.parameters()
+        (p.data_ptr(), p.device, p.dtype, 0 if p.is_inference() else p._version) for p in parameters
     )
 
 
