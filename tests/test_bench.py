@@ -233,6 +233,14 @@ def test_s3gens_stages_are_the_same_work(monkeypatch: pytest.MonkeyPatch) -> Non
         for variant in ("stock", "ours")
     ]
     assert all(0 < each["least_ms"] <= each["median_ms"] for each in raw["s3gen"])
+    for each in raw["s3gen"]:
+        each["median_ms"] = 3000 if each["variant"] == "stock" else 2000 * each["seconds_of_audio"]
+    head, _, stock, ours, *_ = lines = table.s3gen_table(raw).splitlines()
+    assert head == "| stage | variant | 0.2 s | 0.4 s |"
+    assert stock == "| encoder | stock | 3.00 s (1.00×) | 3.00 s (1.00×) |"
+    assert ours == "| encoder | ours | 0.40 s (7.50×) | 0.80 s (3.75×) |"
+    assert len(lines) == 2 + 2 * len(s3gen_bench.STAGES) + 2
+    assert "a prompt of 0.2 s and 2 Euler steps. " in lines[-1]
 
     def louder(self: s3gen_bench.Utterance) -> torch.Tensor:
         return 1.01 * s3gen_bench.encode(self.engine.encoder, self.all_tokens)
