@@ -2,7 +2,8 @@
 
 A table stands between ``<!-- table: FILE -->`` and ``<!-- end -->``, FILE relative to
 bench/results: a `chatterbox-fast demo --json` file, one of ``bench/t3_decode.py --json`` or
-``bench/s3gen.py --json``, or one of ``pytest bench --benchmark-json``, which is drawn as FILE.png too.
+``bench/s3gen.py --json``, or one of ``pytest bench
+--benchmark-json``, which is drawn as FILE.png too.
 """
 
 from __future__ import annotations
