@@ -93,6 +93,8 @@ gpu-bench:
 	  --benchmark-json=$(abspath $(RESULTS_DIR))/bench-cuda.json
 	cd build && $(ON_GPU) ../bench/t3_decode.py --steps 100 --forced 64 \
 	  --json $(abspath $(RESULTS_DIR))/t3_decode-cuda.json
+	cd build && $(ON_GPU) ../bench/s3gen.py --rounds 20 \
+	  --json $(abspath $(RESULTS_DIR))/s3gen-cuda.json
 	cd build && $(ON_GPU) -m chatterbox_fast demo --size full --tokens 250 --device cuda \
 	  --out demo_out --json $(abspath $(RESULTS_DIR))/demo-cuda.json
 
@@ -101,6 +103,7 @@ bench: $(VENV)/.ready
 	mkdir -p $(RESULTS_DIR)
 	$(BIN)/pytest bench --benchmark-only --benchmark-json=$(RESULTS_DIR)/bench.json $(ARGS)
 	$(BIN)/python bench/t3_decode.py --json $(RESULTS_DIR)/t3_decode.json
+	$(BIN)/python bench/s3gen.py --json $(RESULTS_DIR)/s3gen.json
 
 # README's tables, from the raw results.
 tables: $(VENV)/.ready

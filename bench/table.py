@@ -1,8 +1,9 @@
 """README's tables and their picture, rendered from the raw results: python -m bench.table [--check]
 
 A table stands between ``<!-- table: FILE -->`` and ``<!-- end -->``, FILE relative to
-bench/results: a `chatterbox-fast demo --json` file, one of ``bench/t3_decode.py --json``, or one of
-``pytest bench --benchmark-json``, which is drawn as FILE.png too.
+bench/results: a `chatterbox-fast demo --json` file, one of ``bench/t3_decode.py --json`` or
+``bench/s3gen.py --json``, or one of ``pytest bench
+--benchmark-json``, which is drawn as FILE.png too.
 """
 
 from __future__ import annotations
@@ -123,6 +124,33 @@ def t3_decode_table(raw: dict[str, Any]) -> str:
     )
 
 
+def s3gen_table(raw: dict[str, Any]) -> str:
+    """The markdown table of a bench/s3gen.py file: a row for each stage and variant."""
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for result in raw["s3gen"]:
+        key = result["stage"], result["variant"]
+        found.setdefault(key, {})[result["seconds_of_audio"]] = result["median_ms"]
+    lengths = sorted({result["seconds_of_audio"] for result in raw["s3gen"]})
+    rows = [
+        "| stage | variant | " + " | ".join(f"{length:g} s" for length in lengths) + " |",
+        "|---" * (len(lengths) + 2) + "|",
+    ]
+    for (stage, variant), medians in found.items():
+        stock = found[stage, "stock"]
+        cells = [
+            f"{medians[length] / 1e3:.2f} s ({stock[length] / medians[length]:.2f}×)"
+            for length in lengths
+        ]
+        rows.append(f"| {stage} | {variant} | {' | '.join(cells)} |")
+    machine, prompt = raw["machine"], raw["s3gen"][0]["prompt_seconds"]
+    conditions = (
+        f"Medians for so much audio, with a prompt of {prompt:g} s and {raw['timesteps']} Euler "
+        f"steps. {machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"weights: {raw['weights']}, {raw['when'][:10]}, commit {raw['commit']}."
+    )
+    return "\n".join([*rows, "", conditions])
+
+
 def by_case(raw: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """case -> implementation -> what `timing.measure` noted."""
     cases: dict[str, dict[str, dict[str, Any]]] = {}
@@ -153,7 +181,7 @@ def render(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         raw = json.loads((RESULTS / match.group(2)).read_text())
-        kinds = {"benchmarks": bench_table, "t3_decode": t3_decode_table}
+        kinds = {"benchmarks": bench_table, "t3_decode": t3_decode_table, "s3gen": s3gen_table}
         made = next((make for key, make in kinds.items() if key in raw), demo_table)(raw)
         return f"{match.group(1)}{made}\n{match.group(3)}"
 

@@ -14,7 +14,7 @@ class Options:
     """Switches of `chatterbox_fast.patch`; all have a safe default.
 
     Attributes:
-        precision: what T3 computes in (S3Gen stays in its own). ``"exact"`` is the model's own
+        precision: what T3 computes in (S3Gen is exact in any). ``"exact"`` is the model's own
             dtype and gives stock's tokens for the same seed. ``"bf16"``, ``"fp16"`` and ``"int8"``
             store T3's matrices in that, and its KV cache in half precision: faster, less memory,
             other tokens. ``"auto"`` is exact on a CPU, bf16 on a GPU that has it, else

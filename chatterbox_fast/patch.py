@@ -16,15 +16,8 @@ from typing import Any, TypeVar
 from . import dispatch
 from .options import Options
 from .overrides import Absent, Change, Override, apply_all, undo_all
-from .sites import (
-    RECORD,
-    STOCK_CLASSES,
-    Row,
-    Site,
-    describe_rest,
-    sites_of,
-    watermark_override,
-)
+from .site import Row, Site
+from .sites import RECORD, STOCK_CLASSES, describe_rest, sites_of, watermark_override
 
 Model = TypeVar("Model")
 

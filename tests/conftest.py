@@ -86,7 +86,13 @@ def other_voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def instance_dictionaries(model: Any) -> dict[str, dict[str, int]]:
     """The instance dictionaries that patch() may touch: attribute -> identity of its value."""
-    owners = {"model": model, "t3": getattr(model, "t3", None), "s3gen": model.s3gen}
+    owners = {
+        "model": model,
+        "t3": getattr(model, "t3", None),
+        "s3gen": model.s3gen,
+        "flow": model.s3gen.flow,
+        "vocoder": model.s3gen.mel2wav,
+    }
     # patched_model and compiled are what stock's own T3.inference leaves behind.
     own = {"patched_model", "compiled"}
     return {

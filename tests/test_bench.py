@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -11,11 +12,14 @@ from typing import Any
 import bench_cfg_sample
 import bench_resample
 import pytest
+import s3gen as s3gen_bench
 import t3_decode
 import table
 import timing
 import torch
 from test_cfg_sample import FakeGenerator
+
+from chatterbox_fast.testing import random_s3gen
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -216,3 +220,42 @@ def test_the_decode_bench_measures_and_renders() -> None:
     assert len(text.splitlines()) == 2 + 5 + 2
     assert "| stock |" in text
     assert "1.00×" in text
+
+
+# ---- S3Gen
+
+
+def test_s3gens_stages_are_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed as ours gives what is timed as stock; the raw figures name their conditions."""
+    monkeypatch.setattr(s3gen_bench, "random_s3gen", functools.cache(random_s3gen))
+    line = "--size tiny --seconds 0.2 0.4 --prompt 0.2 --timesteps 2 --rounds 2 --device cpu"
+    raw = s3gen_bench.run(s3gen_bench.parser().parse_args(line.split()))
+    assert raw["timesteps"] == 2
+    assert set(raw["difference"]) == {"0.2", "0.4"}
+    for found in raw["difference"].values():
+        assert set(found) == set(s3gen_bench.STAGES)
+        assert all(0 < difference < 1e-4 for difference in found.values()), found
+    kinds = [(each["seconds_of_audio"], each["stage"], each["variant"]) for each in raw["s3gen"]]
+    assert kinds == [
+        (seconds, stage, variant)
+        for seconds in (0.2, 0.4)
+        for stage in s3gen_bench.STAGES
+        for variant in ("stock", "ours")
+    ]
+    assert all(0 < each["least_ms"] <= each["median_ms"] for each in raw["s3gen"])
+    for each in raw["s3gen"]:
+        each["median_ms"] = 3000 if each["variant"] == "stock" else 2000 * each["seconds_of_audio"]
+    head, _, stock, ours, *_ = lines = table.s3gen_table(raw).splitlines()
+    assert head == "| stage | variant | 0.2 s | 0.4 s |"
+    assert stock == "| encoder | stock | 3.00 s (1.00×) | 3.00 s (1.00×) |"
+    assert ours == "| encoder | ours | 0.40 s (7.50×) | 0.80 s (3.75×) |"
+    assert len(lines) == 2 + 2 * len(s3gen_bench.STAGES) + 2
+    assert "a prompt of 0.2 s and 2 Euler steps. " in lines[-1]
+
+    def louder(self: s3gen_bench.Utterance) -> torch.Tensor:
+        return 1.01 * s3gen_bench.encode(self.engine.encoder, self.all_tokens)
+
+    monkeypatch.setattr(s3gen_bench.Utterance, "our_encoder", louder)
+    line = "--size tiny --seconds 0.2 --prompt 0.2 --stages encoder --rounds 2 --device cpu"
+    raw = s3gen_bench.run(s3gen_bench.parser().parse_args(line.split()))
+    assert raw["difference"]["0.2"]["encoder"] > 5e-3, "other work is seen"

@@ -15,11 +15,13 @@ from tqdm import tqdm
 import chatterbox_fast
 from chatterbox_fast import dispatch, patch, patched, report, unpatch
 from chatterbox_fast.patch import Row
+from chatterbox_fast.t3.site import Packing
 from chatterbox_fast.t3.support import why_unsupported
 from chatterbox_fast.testing import random_model, random_t3
 from chatterbox_fast.watermark import NoWatermark
 
 TEXT = "Hello there."
+ENGINES = ("t3.inference", "s3gen.flow", "s3gen.vocoder")
 
 
 def row(model: Any, site: str) -> Row:
@@ -111,8 +113,9 @@ def stock_after_seed(model: Any, seed: int, **arguments: Any) -> torch.Tensor:
 
 def test_a_deep_copy_runs_on_its_own_weights(english: Any) -> None:
     with patched(english):
-        copied = copy.deepcopy(english.t3)
-        assert copied.inference.__self__ is copied
+        for part in (english.t3, english.s3gen.flow, english.s3gen.mel2wav):
+            copied = copy.deepcopy(part)
+            assert copied.inference.__self__ is copied
 
 
 def test_threads_that_patch_at_once_patch_once(english: Any) -> None:
@@ -171,14 +174,20 @@ def test_only_chatterbox_objects_are_taken() -> None:
 
 def test_strict_raises_and_leaves_the_model_as_it_was(english: Any) -> None:
     before = instance_dictionaries(english)
-    with pytest.raises(RuntimeError, match="strict=True, but s3gen, the rest is left to stock"):
+    with patched(english, strict=True):
+        assert {row(english, site).runs for site in ENGINES} == {"engine, exact"}
+    english.s3gen.mel2wav.train()
+    before = instance_dictionaries(english)
+    refused = pytest.raises(RuntimeError, match="strict=True, but s3gen.vocoder is left to stock")
+    with refused:
         patch(english, strict=True)
     assert instance_dictionaries(english) == before
     patch(english, progress=True)
-    with pytest.raises(RuntimeError, match="strict=True"):
+    with refused:
         patch(english, strict=True)
     assert english._chatterbox_fast.options.progress, "the patch that was there is there again"
     unpatch(english)
+    english.s3gen.mel2wav.eval()
 
 
 def test_what_others_replaced_is_left_alone(english: Any) -> None:
@@ -191,6 +200,16 @@ def test_what_others_replaced_is_left_alone(english: Any) -> None:
         assert vars(english.t3)["inference"] is own
     finally:
         del english.t3.inference
+
+
+def test_another_vocoder_is_left_alone(english: Any) -> None:
+    stock, english.s3gen.mel2wav = english.s3gen.mel2wav, torch.nn.Identity()
+    try:
+        with patched(english):
+            assert row(english, "s3gen.flow").runs == "engine, exact"
+            assert row(english, "s3gen.vocoder").why == "a Identity has no inference()"
+    finally:
+        english.s3gen.mel2wav = stock
 
 
 def test_unpatch_refuses_to_remove_what_others_put_on_top(english: Any) -> None:
@@ -243,7 +262,10 @@ def test_the_report_says_what_has_no_engine(english: Any) -> None:
         assert engine.runs == "engine, exact"
         assert engine.backend == "cpu, compiled"
         assert engine.why == "a CPU gains nothing from fp16; graphs are a GPU's"
-        assert row(english, "s3gen, the rest").runs == "stock"
+        for site in ("s3gen.flow", "s3gen.vocoder"):
+            assert tuple(row(english, site))[1:] == (
+                "engine, exact", "cpu, eager", "S3Gen has no other precision yet"
+            )  # fmt: skip
         assert row(english, "watermark").runs == "none"
         for op in dispatch.OPS:
             assert row(english, f"  {op}")[2:] == ("extension", "compiled for cpu")
@@ -268,18 +290,16 @@ def test_public_names() -> None:
         _ = chatterbox_fast.nothing
 
 
-@pytest.mark.parametrize(
-    ("kind", "site", "reason"),
-    [
-        ("turbo", "t3.inference_turbo", "no engine yet for the GPT-2 backbone"),
-        ("vc", "s3gen, the rest", "encoder, vocoder: no engine yet"),
-    ],
-)
-def test_what_is_not_supported_is_left_to_stock(kind: Any, site: str, reason: str) -> None:
+@pytest.mark.parametrize("kind", ["turbo", "vc"])
+def test_s3gen_has_an_engine_where_t3_has_none(kind: Any) -> None:
     model = random_model(kind, "tiny")
     with patched(model):
-        assert row(model, site).runs == "stock"
-        assert row(model, site).why.startswith(reason)
+        for site in ("s3gen.flow", "s3gen.vocoder"):
+            assert row(model, site).runs == "engine, exact"
+        if kind == "turbo":
+            assert row(model, "t3.inference_turbo").runs == "stock"
+            reason = "no engine yet for the GPT-2 backbone"
+            assert row(model, "t3.inference_turbo").why.startswith(reason)
 
 
 def test_the_two_upstreams_are_told_apart() -> None:
@@ -338,7 +358,8 @@ def test_the_guard_brings_weights_home_for_good(english: Any) -> None:
     moved = []
     with patched(english):
         guard = vars(english.t3.tfmr)["forward"]
-        engines = english._chatterbox_fast.sites[1].packing.engines
+        changes = english._chatterbox_fast.changes
+        (engines,) = (change.engines for change in changes if isinstance(change, Packing))
         assert engines._may_send(english.t3.tfmr)
         guard(inputs_embeds=torch.zeros(1, 2, english.t3.dim))
         assert not engines._may_send(english.t3.tfmr)

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-from ..options import Backend
+from .. import dispatch
+from ..options import Backend, Options
+from ..precision import choose_precision
+from ..site import Row, Site
 from .resample import Resample
 
 _NAME = "get_resampler"
@@ -21,6 +24,24 @@ _FILTER = {
     "rolloff": 0.99,
     "beta": None,
 }
+
+
+def embed_ref_site(s3gen: Any, options: Options) -> Site:
+    """What S3Gen makes of a voice prompt, resampled by our op unless stock's bits are wanted."""
+
+    def why_not(owner: Any) -> str | None:
+        precise = choose_precision(options, owner.device, owner.dtype)
+        return "exact keeps stock's bits" if precise.precision == "exact" else None
+
+    def describe() -> list[Row]:
+        choice = dispatch.choose("resample", s3gen.device, options.backend)
+        op = Row("  resample", "op", choice.backend, choice.reason)
+        if (reason := why_not(s3gen)) is not None:
+            return [Row("s3gen.embed_ref", "stock's resampler", "torch", reason), op]
+        return [Row("s3gen.embed_ref", "own resampler", choice.backend, "the rest is stock's"), op]
+
+    make = functools.partial(make_embed_ref, backend=options.backend, why_not=why_not)
+    return Site("s3gen.embed_ref", s3gen, "embed_ref", make, describe, unfit=why_not_served)
 
 
 def why_not_served(embed_ref: Any) -> str | None:

@@ -1,4 +1,1 @@
-"""S3Gen: speech tokens -> encoder -> flow solver -> mel -> vocoder -> audio.
-
-The flow solver has its engine.
-"""
+"""S3Gen: speech tokens -> encoder -> flow solver -> mel -> vocoder -> audio, for inference."""

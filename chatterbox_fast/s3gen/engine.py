@@ -1,74 +1,80 @@
-"""What the patched model keeps between requests for one flow: weights and time tables."""
+"""What the patched model keeps between requests for one S3Gen: packed weights, tables."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from threading import Lock
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from ..modules import signature
 from ..recent import Recent
-from ..t3.graph import settle
-from .flow import FlowWeights, TimeTable, condition, pack_flow, solve, time_table
+from .encoder import pack_encoder
+from .flow import TimeTable, pack_flow, time_table
 
-MOST_TABLES = 8
-"""Time tables that are kept, one for each number of steps: 0.1 MB for ten at full size."""
+TABLES = 4
+"""Numbers of Euler steps whose tables are kept."""
 
 
 class FlowEngine:
-    """One flow, ready to solve. Immutable but for its time tables; threads share it."""
+    """The flow of one S3Gen. Immutable but for its tables; threads share it.
 
-    def __init__(self, decoder: Any) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            self.weights: FlowWeights = pack_flow(decoder)
-        settle(self.weights.project.weight.device)
-        self._tables: Recent[int, TimeTable] = Recent(MOST_TABLES)
+    Attributes:
+        encoder: the encoder's weights.
+        solver: the flow solver's weights.
+    """
 
-    def table(self, decoder: Any, n_timesteps: int) -> TimeTable:
-        """What depends on the number of steps alone, computed by stock's modules once."""
+    def __init__(self, flow: Any) -> None:
+        self.encoder = pack_encoder(flow)
+        self.solver = pack_flow(flow.decoder)
+        self._decoder = flow.decoder
+        self._tables: Recent[int, TimeTable] = Recent(TABLES)
+
+    def table(self, n_timesteps: int) -> TimeTable:
+        """The time table of `n_timesteps` Euler steps."""
 
         def make() -> TimeTable:
-            own = self.weights.project.weight
-            table = time_table(decoder, n_timesteps, own.device, own.dtype)
-            settle(own.device)
-            return table
+            with torch.inference_mode(False), torch.no_grad():
+                return time_table(self._decoder, n_timesteps)
 
         return self._tables.get(n_timesteps, make)
 
-    @torch.inference_mode()
-    def mel(
-        self, decoder: Any, noise: Tensor, mu: Tensor, spks: Tensor, cond: Tensor, n_timesteps: int
-    ) -> Tensor:
-        """Mel ``(1, 80, T)`` from noise ``(1, 80, T)``, as stock's solver computes it.
 
-        Args:
-            decoder: what the engine was made for.
-            mu: ``(1, 80, T)``, the encoder's output.
-            spks: ``(1, 80)``. cond: ``(1, 80, T)``, the voice's mel, then zeros.
-        """
-        table = self.table(decoder, n_timesteps)
-        mu, cond, noise = (t.transpose(1, 2).contiguous() for t in (mu, cond, noise))
-        given = condition(self.weights, mu, spks, cond)
-        return solve(self.weights, table, given, noise).transpose(1, 2).contiguous()
+def flow_signature(flow: Any) -> tuple[Any, ...]:
+    """Changes when a parameter of the flow does, or what stock reads at every call."""
+    decoder = flow.decoder
+    constants = decoder.inference_cfg_rate, decoder.t_scheduler, decoder.estimator.meanflow
+    return (*signature(flow), *constants)
 
 
-class FlowEngines:
-    """The engines of one patch: of the flow that was patched, and of any deep copy of it."""
+Engine = TypeVar("Engine")
 
-    def __init__(self) -> None:
+
+class Engines(Generic[Engine]):
+    """The engines of one patch: one for each module that runs the patched method.
+
+    That is the module that was patched, and any deep copy of it.
+    """
+
+    def __init__(
+        self, make: Callable[[Any], Engine], signature: Callable[[Any], tuple[Any, ...]] = signature
+    ) -> None:
+        self._make, self._signature = make, signature
         self._lock = Lock()
-        self._of: WeakKeyDictionary[Any, tuple[Any, FlowEngine]] = WeakKeyDictionary()
+        self._of: WeakKeyDictionary[Any, tuple[Any, Engine]] = WeakKeyDictionary()
 
-    def of(self, decoder: Any) -> FlowEngine:
-        """The engine of `decoder`; a new one where its weights changed since the last request."""
+    def of(self, module: Any) -> Engine:
+        """The engine of `module`; a new one where its weights have changed since the last call."""
         with self._lock:
-            own, known = signature(decoder), self._of.get(decoder)
-            if known is not None and known[0] == own:
+            now = self._signature(module)
+            known = self._of.get(module)
+            if known is not None and known[0] == now:
                 return known[1]
-            self._of.pop(decoder, None)
-            engine = FlowEngine(decoder)
-            self._of[decoder] = (own, engine)
+            self._of.pop(module, None)
+            # Not as inference tensors, which a caller outside of inference mode could not use.
+            with torch.inference_mode(False), torch.no_grad():
+                engine = self._make(module)
+            self._of[module] = (now, engine)
             return engine

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layers import Linear, Norm, SequenceConv, attention, linear, norm, sequence_conv
+from .layers import Linear, Norm, SequenceConv, attention, full_conv, linear, merged, norm
 
 
 class Transformer(NamedTuple):
@@ -36,7 +36,7 @@ class Transformer(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """``(R, T, C)``, as x."""
         x = self.out.added_to(x, attention(self.qkv(self.norm(x)), self.heads))
-        return self.down.added_to(x, F.gelu(self.up(self.ff_norm(x))))
+        return self.down.added_to(x, self.up.gelu(self.ff_norm(x)))
 
 
 class Resnet(NamedTuple):
@@ -99,6 +99,11 @@ class FlowWeights(NamedTuple):
     project: Linear
     guidance: float | None
 
+    @property
+    def channels(self) -> int:
+        """Mel bands."""
+        return self.project.weight.shape[0]
+
 
 class TimeTable(NamedTuple):
     """What depends on the number of steps alone.
@@ -131,19 +136,19 @@ def pack_flow(decoder: Any) -> FlowWeights:
     first, around = down[0].block1.block[0], down[0].res_conv
     x = estimator.out_channels
     half = around.weight.detach()[:, :, 0]
-    given = Linear(half[:, x:].contiguous(), around.bias.detach())
+    given = Linear(half[:, x:].contiguous(), around.bias.detach(), False)
     final = estimator.final_block.block
     return FlowWeights(
-        x_conv=sequence_conv(first.weight[:, :x], None),
-        x_around=Linear(half[:, :x].contiguous(), None),
-        given_conv=sequence_conv(first.weight[:, x:], first.bias),
+        x_conv=full_conv(first.weight[:, :x], None),
+        x_around=Linear(half[:, :x].contiguous(), None, False),
+        given_conv=full_conv(first.weight[:, x:], first.bias),
         given_around=given,
         down=_stage(down),
-        down_conv=sequence_conv(down[2].weight, down[2].bias),
+        down_conv=full_conv(down[2].weight, down[2].bias),
         middle=tuple(_stage(block) for block in estimator.mid_blocks),
         up=_stage(up),
-        up_conv=sequence_conv(up[2].weight, up[2].bias),
-        final_conv=sequence_conv(final[0].weight, final[0].bias),
+        up_conv=full_conv(up[2].weight, up[2].bias),
+        final_conv=full_conv(final[0].weight, final[0].bias),
         final_norm=norm(final[2]),
         project=linear(estimator.final_proj),
         guidance=None if estimator.meanflow else float(decoder.inference_cfg_rate),
@@ -157,9 +162,9 @@ def _stage(block: Any) -> Stage:
 def _resnet(module: Any) -> Resnet:
     first, second = module.block1.block, module.block2.block
     return Resnet(
-        conv1=sequence_conv(first[0].weight, first[0].bias),
+        conv1=full_conv(first[0].weight, first[0].bias),
         norm1=norm(first[2]),
-        conv2=sequence_conv(second[0].weight, second[0].bias),
+        conv2=full_conv(second[0].weight, second[0].bias),
         norm2=norm(second[2]),
         around=linear(module.res_conv),
     )
@@ -169,7 +174,7 @@ def _transformer(module: Any) -> Transformer:
     attn, ff = module.attn1, module.ff.net
     return Transformer(
         norm=norm(module.norm1),
-        qkv=linear(attn.to_q, attn.to_k, attn.to_v),
+        qkv=merged([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight]),
         out=linear(attn.to_out[0]),
         heads=attn.heads,
         ff_norm=norm(module.norm3),
@@ -178,13 +183,13 @@ def _transformer(module: Any) -> Transformer:
     )
 
 
-def time_table(
-    decoder: Any, n_timesteps: int, device: torch.device, dtype: torch.dtype
-) -> TimeTable:
+def time_table(decoder: Any, n_timesteps: int) -> TimeTable:
     """The table of `n_timesteps` Euler steps, by stock's own modules."""
     estimator = decoder.estimator
-    times = torch.linspace(0, 1, n_timesteps + 1, device=device, dtype=dtype)
-    if not estimator.meanflow:  # the one schedule that stock has, which meanflow skips
+    weight = estimator.final_proj.weight
+    dtype = weight.dtype
+    times = torch.linspace(0, 1, n_timesteps + 1, device=weight.device, dtype=dtype)
+    if decoder.t_scheduler == "cosine" and not estimator.meanflow:
         times = 1 - torch.cos(times * 0.5 * torch.pi)
     embedded = estimator.time_mlp(estimator.time_embeddings(times).to(dtype))
     if estimator.meanflow:

@@ -1,10 +1,11 @@
-"""The layers that the flow is made of: weights, and how they are applied.
+"""The layers that encoder, estimator and vocoder are made of: weights, and how they are applied.
 
 Sequences are ``(B, T, C)``, channels last, so that no layer transposes what the next one reads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,22 +14,41 @@ from torch import Tensor
 
 
 class Linear(NamedTuple):
-    """A linear layer, or a convolution of width 1.
+    """A linear layer, and what may be done to its output in the same pass.
 
     Attributes:
         weight: ``(N, K)``.
         bias: ``(N,)`` or None.
+        onednn: whether oneDNN runs it, which applies GELU and residual within the matrix product;
+            else they are operations of their own.
     """
 
     weight: Tensor
     bias: Tensor | None
+    onednn: bool
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias`` over the last dimension."""
         return F.linear(x, self.weight, self.bias)
 
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU (the exact one, by erf) of the output."""
+        return self._activated(x, "gelu", "none") if self.onednn else F.gelu(self(x))
+
+    def silu(self, x: Tensor) -> Tensor:
+        """SiLU of the output."""
+        return self._activated(x, "swish", "") if self.onednn else F.silu(self(x), inplace=True)
+
+    def _activated(self, x: Tensor, name: str, algorithm: str) -> Tensor:
+        fused = torch.ops.mkldnn._linear_pointwise
+        return fused(x, self.weight, self.bias, name, [], algorithm)
+
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """``residual`` + the output; neither is changed."""
+        if self.onednn:
+            return torch.ops.mkldnn._linear_pointwise.binary(
+                x, residual, self.weight, self.bias, "add"
+            )
         return self(x).add_(residual)
 
 
@@ -45,44 +65,81 @@ class Norm(NamedTuple):
 
 
 class SequenceConv(NamedTuple):
-    """A convolution along T of ``(B, T, C)``.
+    """A convolution along T of ``(B, T, C)``, with zeros beyond both ends.
 
     Attributes:
         weight: ``(N, C, 1, K)`` in channels-last order: a one-dimensional convolution is an image
-            of height 1, for which torch has channels-last kernels.
+            of height 1, for which torch has channels-last kernels (on a CPU they take a half to
+            nine tenths of the time of its one-dimensional ones).
         bias: ``(N,)`` or None.
     """
 
     weight: Tensor
     bias: Tensor | None
+    padding: int
+    stride: int = 1
+    dilation: int = 1
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``(B, T + K - 1, N)``: row t sees x's rows t - K + 1 to t; beyond x's ends are zeros.
+        """``(B, T', N)``."""
+        out = F.conv2d(
+            _image(x), self.weight, self.bias,
+            (1, self.stride), (0, self.padding), (1, self.dilation),
+        )  # fmt: skip
+        return _sequence(out)
 
-        The first T rows are the causal convolution, the last T the one that looks ahead. The
-        surplus costs less than to copy x into a padded tensor.
-        """
-        image = x.transpose(1, 2).unsqueeze(2)
-        out = F.conv2d(image, self.weight, self.bias, padding=(0, self.weight.shape[-1] - 1))
-        return out.squeeze(2).transpose(1, 2)
+
+class SequenceConvTranspose(NamedTuple):
+    """A transposed convolution along T of ``(B, T, C)``; the weight is ``(C, N, 1, K)``."""
+
+    weight: Tensor
+    bias: Tensor | None
+    padding: int
+    stride: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(B, stride T + K - stride - 2 padding, N)``."""
+        out = F.conv_transpose2d(
+            _image(x), self.weight, self.bias, (1, self.stride), (0, self.padding)
+        )
+        return _sequence(out)
+
+
+def _image(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).unsqueeze(2)
+
+
+def _sequence(image: Tensor) -> Tensor:
+    return image.squeeze(2).transpose(1, 2)
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:
-    """Full attention ``(B, T, H D)`` over ``(B, T, 3 H D)``: q, k and v side by side."""
+    """Full attention, ``(B, T, H D)``, over q, k and v side by side in ``(B, T, 3 H D)``."""
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def linear(*modules: Any) -> Linear:
-    """The linear layers (or convolutions of width 1) `modules`, which read the same input, as one.
+def linear(module: Any) -> Linear:
+    """A linear layer, or a convolution of width 1, with its own parameters."""
+    weight = module.weight.detach().flatten(1)
+    return Linear(weight, _detached(module.bias), has_onednn(weight))
 
-    One alone keeps its own parameters; several are a copy.
-    """
-    weights = [module.weight.detach().flatten(1) for module in modules]
-    biases = [module.bias.detach() for module in modules if module.bias is not None]
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    bias = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
-    return Linear(weight, bias)
+
+def merged(weights: Sequence[Tensor], bias: Tensor | None = None) -> Linear:
+    """One linear layer of the weights ``(N, K)`` of several, which read the same input; a copy."""
+    weight = torch.cat([each.detach() for each in weights])
+    return Linear(weight, bias, has_onednn(weight))
+
+
+def has_onednn(weight: Tensor) -> bool:
+    """Whether oneDNN's fused linear layers take `weight`."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
 
 
 def norm(module: Any) -> Norm:
@@ -90,7 +147,36 @@ def norm(module: Any) -> Norm:
     return Norm(module.weight.detach(), module.bias.detach(), module.eps)
 
 
-def sequence_conv(weight: Tensor, bias: Tensor | None) -> SequenceConv:
-    """A convolution with a Conv1d's weight ``(N, C, K)``."""
-    image = weight.detach().unsqueeze(2).contiguous(memory_format=torch.channels_last)
-    return SequenceConv(image, None if bias is None else bias.detach())
+def full_conv(weight: Tensor, bias: Tensor | None) -> SequenceConv:
+    """All ``T + K - 1`` outputs of a Conv1d's weight ``(N, C, K)``: row t sees x's t - K + 1 to t.
+
+    The first T rows are the causal convolution, the last T the one that looks ahead. The surplus
+    costs less than to copy x into a padded tensor.
+    """
+    return SequenceConv(_image_weight(weight), _detached(bias), weight.shape[-1] - 1)
+
+
+def sequence_conv(module: Any) -> SequenceConv:
+    """A Conv1d, its weight norm folded."""
+    return SequenceConv(
+        _image_weight(module.weight),
+        _detached(module.bias),
+        module.padding[0],
+        module.stride[0],
+        module.dilation[0],
+    )
+
+
+def sequence_conv_transpose(module: Any) -> SequenceConvTranspose:
+    """A ConvTranspose1d, its weight norm folded."""
+    return SequenceConvTranspose(
+        _image_weight(module.weight), _detached(module.bias), module.padding[0], module.stride[0]
+    )
+
+
+def _image_weight(weight: Tensor) -> Tensor:
+    return weight.detach().unsqueeze(2).contiguous(memory_format=torch.channels_last)
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()

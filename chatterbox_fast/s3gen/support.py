@@ -1,117 +1,202 @@
-"""Whether a flow is one that the engine computes as stock does, and if not, why."""
+"""Whether an S3Gen's flow or vocoder is one that the engine computes as stock does; if not, why.
+
+What a module is made of is checked, not which release it came from: the classes of all its parts,
+what they are set to, dtype, device, hooks.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..modules import is_exactly, why_not_called
+from ..modules import parameters_of
+from ..overrides import is_ours
 
-CLASSES = {
-    "chatterbox.": {
-        "CausalConditionalCFM", "ConditionalDecoder", "CausalBlock1D", "CausalConv1d",
-        "CausalResnetBlock1D", "BasicTransformerBlock", "FeedForward", "SinusoidalPosEmb",
-        "TimestepEmbedding", "Transpose",
+_TORCH = (
+    "Conv1d ELU Dropout Embedding LayerNorm Linear Mish ModuleDict ModuleList ParametrizationList "
+    "ParametrizedConv1d ParametrizedConvTranspose1d ConvTranspose1d ReflectionPad1d Sequential "
+    "SiLU Tanh Upsample _WeightNorm"
+)
+_CHATTERBOX = (
+    "BasicTransformerBlock CausalBlock1D CausalConditionalCFM CausalConv1d "
+    "CausalMaskedDiffWithXvec CausalResnetBlock1D ConditionalDecoder ConformerEncoderLayer "
+    "ConvRNNF0Predictor EspnetRelPositionalEncoding FeedForward HiFTGenerator LinearNoSubsampling "
+    "PositionwiseFeedForward PreLookaheadLayer RelPositionMultiHeadedAttention ResBlock SineGen "
+    "SinusoidalPosEmb Snake SourceModuleHnNSF TimestepEmbedding Transpose Upsample1D "
+    "UpsampleConformerEncoder"
+)
+_KNOWN = {
+    "torch.nn.": frozenset(_TORCH.split()),
+    "chatterbox.": frozenset(_CHATTERBOX.split()),
+    "diffusers.": frozenset(("Attention", "GELU", "LoRACompatibleLinear")),
+}
+"""Package -> the classes that stock's flow and vocoder are made of."""
+
+FLOW_PARAMETERS = {
+    "self",
+    "token",
+    "token_len",
+    "prompt_token",
+    "prompt_token_len",
+    "prompt_feat",
+    "prompt_feat_len",
+    "embedding",
+    "finalize",
+    "n_timesteps",
+    "noised_mels",
+    "meanflow",
+}
+"""What stock's CausalMaskedDiffWithXvec.inference takes, in the wheel 0.1.7 and at HEAD."""
+
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "Attention": {
+        "group_norm": None,
+        "spatial_norm": None,
+        "norm_q": None,
+        "norm_k": None,
+        "residual_connection": False,
+        "rescale_output_factor": 1.0,
+        "scale_qk": True,
+        "fused_projections": False,
     },
-    "diffusers.": {"Attention", "GELU", "LoRACompatibleLinear"},
-    "torch.": {
-        "Conv1d", "Dropout", "LayerNorm", "Linear", "Mish", "ModuleList", "Sequential", "SiLU",
+    "BasicTransformerBlock": {
+        "attn2": None,
+        "only_cross_attention": False,
+        "use_ada_layer_norm": False,
+        "use_ada_layer_norm_zero": False,
+        "_chunk_size": None,
     },
-}  # fmt: skip
-"""All that stock's flow is made of, by package."""
+    "ConditionalDecoder": {"causal": True, "static_chunk_size": 0},
+    "ConformerEncoderLayer": {
+        "conv_module": None,
+        "feed_forward_macaron": None,
+        "normalize_before": True,
+    },
+    "GELU": {"approximate": "none"},
+    "HiFTGenerator": {"istft_params": {"n_fft": 16, "hop_len": 4}},
+    "LoRACompatibleLinear": {"lora_layer": None},
+    "Snake": {"alpha_logscale": False},
+    "Upsample1D": {"stride": 2},
+    "UpsampleConformerEncoder": {
+        "global_cmvn": None,
+        "normalize_before": True,
+        "static_chunk_size": 0,
+        "use_dynamic_chunk": False,
+    },
+}
+"""Class -> what its attributes are where stock computes what the engine computes."""
 
 
-def why_unsupported(decoder: Any) -> str | None:
-    """The reason why this flow must be left to stock, or None where the engine computes the same.
+def why_flow_unsupported(flow: Any) -> str | None:
+    """The reason why this flow (tokens to mel) must be left to stock, or None."""
+    return (
+        _why_not(flow, "CausalMaskedDiffWithXvec", FLOW_PARAMETERS)
+        or _why_not_encoder(flow.encoder)
+        or _why_not_estimator(flow.decoder.estimator)
+    )
 
-    Args:
-        decoder: ``model.s3gen.flow.decoder``.
-    """
-    if not isinstance(decoder, nn.Module) or not is_exactly(
-        decoder, "CausalConditionalCFM", "chatterbox."
-    ):
-        return f"the flow is a {type(decoder).__qualname__}, not Chatterbox's"
-    if decoder.training:
+
+def why_vocoder_unsupported(mel2wav: Any) -> str | None:
+    """The reason why this vocoder (mel to audio) must be left to stock, or None."""
+    return _why_not(mel2wav, "HiFTGenerator", {"self", "speech_feat", "cache_source"})
+
+
+def _why_not(module: Any, name: str, parameters: set[str]) -> str | None:
+    if type(module).__qualname__ != name or not type(module).__module__.startswith("chatterbox."):
+        return f"a {type(module).__qualname__}, not Chatterbox's {name}"
+    if module.training:
         return "the module is in training mode"
     return (
-        _why_not_parts(decoder)
-        or _why_not_structure(decoder)
-        or why_not_called([decoder])
-        or _why_not_tensors(decoder)
+        _why_not_inference(type(module), parameters)
+        or _why_not_parts(module)
+        or _why_not_tensors(module)
     )
 
 
-def _why_not_parts(decoder: nn.Module) -> str | None:
-    for module in decoder.modules():
-        name = type(module).__qualname__
-        if not any(
-            is_exactly(module, name, package) and name in names
-            for package, names in CLASSES.items()
-        ):
-            return f"a {name} is in the flow, which stock's has not"
+def _why_not_inference(stock_class: Any, known: set[str]) -> str | None:
+    # The class's method, not the instance's attribute, which may be our own replacement.
+    method = stock_class.inference
+    if (parameters := set(inspect.signature(method).parameters)) != known:
+        odd = ", ".join(sorted(parameters ^ known))
+        return f"inference has another signature than the releases we know: {odd}"
+    if inspect.unwrap(method).__code__.co_filename != inspect.getsourcefile(stock_class):
+        return "inference was replaced on the class"
     return None
 
 
-def _why_not_structure(decoder: Any) -> str | None:
-    estimator = decoder.estimator
-    if not estimator.causal or estimator.static_chunk_size != 0:
-        return "the estimator is not causal, or attends in chunks"
-    if len(estimator.down_blocks) != 1 or len(estimator.up_blocks) != 1:
-        return f"the estimator has {len(estimator.down_blocks)} levels, not one"
-    if not estimator.meanflow and decoder.t_scheduler != "cosine":
-        return f"the schedule is {decoder.t_scheduler!r}, not 'cosine'"
-    for module in estimator.modules():
-        if type(module).__qualname__ == "Attention" and not _is_plain(module):
-            return "an Attention does more than Chatterbox's"
-        if type(module).__qualname__ == "GELU" and module.approximate != "none":
-            return f"a GELU is approximated by {module.approximate!r}"
-        if getattr(module, "_chunk_size", None) is not None:
-            return "feed-forward layers are chunked"
+def _why_not_parts(root: nn.Module) -> str | None:
+    """What is odd about the first part of `root` that is odd, or None."""
+    for module in root.modules():  # a thousand, at every call: their paths wait until needed
+        if (reason := _why_odd(module)) is not None:
+            path = next(path for path, each in root.named_modules() if each is module)
+            return f"{path or type(module).__qualname__} {reason}"
     return None
 
 
-def _is_plain(attention: Any) -> bool:
-    """Whether diffusers' Attention is softmax(q k / sqrt(d)) v and a projection, no more."""
-    width = attention.to_q.out_features // attention.heads
-    return (
-        type(attention.processor).__qualname__ in ("AttnProcessor", "AttnProcessor2_0")
-        and attention.scale == width**-0.5
-        and attention.rescale_output_factor == 1.0
-        and not attention.residual_connection
-        and attention.to_k.out_features == attention.to_q.out_features
-        and all(getattr(attention, f"to_{part}").bias is None for part in "qkv")
+def _why_odd(module: nn.Module) -> str | None:
+    known, settings = _expected(type(module))  # type: ignore[arg-type]
+    own = vars(module)
+    if not known:
+        return f"is a {type(module).__qualname__}"
+    for name, expected in settings:
+        if (found := getattr(module, name, expected)) != expected:
+            return f"has {name} {found!r}, not {expected!r}"
+    if "forward" in own and not is_ours(own["forward"]):
+        return "has a forward of its own, which would not be called"
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return "has a forward hook, which would not be called"
+    return None
+
+
+@functools.lru_cache(256)
+def _expected(kind: type) -> tuple[bool, tuple[tuple[str, Any], ...]]:
+    """Whether stock's flow or vocoder has such modules, and what theirs are set to."""
+    name = kind.__qualname__
+    known = any(
+        kind.__module__.startswith(package) and name in names for package, names in _KNOWN.items()
     )
+    return known, tuple(_SETTINGS.get(name, {}).items())
 
 
-def _why_not_tensors(decoder: nn.Module) -> str | None:
-    kinds = {(str(p.dtype), str(p.device)) for p in decoder.parameters()}
-    if len(kinds) != 1 or next(iter(kinds))[0] != "torch.float32":
-        found = ", ".join(sorted(" on ".join(kind) for kind in kinds))
-        return f"the flow's weights are {found}; the engine takes float32 on one device"
-    device = next(decoder.parameters()).device
-    if device.type == "meta":
-        return "the flow's weights are on meta"
-    return "torch.autocast is on" if torch.is_autocast_enabled(device.type) else None
+def _why_not_tensors(root: nn.Module) -> str | None:
+    parameters = parameters_of(root)
+    if {p.dtype for p in parameters} not in ({torch.float32}, {torch.float64}):
+        dtypes = ", ".join(sorted({str(p.dtype) for p in parameters}))
+        return f"its weights are {dtypes}; the exact engine takes float32"
+    devices = {p.device for p in parameters}
+    if len(devices) != 1 or (device := devices.pop()).type == "meta":
+        return "its weights are not on one device"
+    if torch.is_autocast_enabled(device.type):
+        return "torch.autocast is on"
+    return None
 
 
-def why_not_request(
-    decoder: Any,
-    mu: Tensor,
-    mask: Tensor,
-    spks: Tensor | None,
-    cond: Tensor | None,
-    meanflow: bool,
-) -> str | None:
-    """The reason why one call must be left to stock, or None. Reads the mask on the host, once."""
-    own = next(decoder.parameters())
-    if meanflow != decoder.estimator.meanflow:
-        return "meanflow is asked of a model that is not, or the reverse"
-    if spks is None or cond is None:
-        return "no speaker or no prompt is given"
-    if any(t.dtype != own.dtype or t.device != own.device for t in (mu, spks, cond)):
-        return "an input has another dtype or device than the weights"
-    if len(mu) != 1 or mask.shape != (1, 1, mu.shape[2]) or not bool((mask == 1).all()):
-        return "a batch, or a row shorter than its tensor"
+def _why_not_encoder(encoder: Any) -> str | None:
+    for layer in (*encoder.encoders, *encoder.up_encoders):
+        if type(layer.feed_forward.activation) is not nn.SiLU:
+            return f"the encoder's activation is {layer.feed_forward.activation}, not SiLU"
+        if layer.self_attn.linear_k.bias is None:
+            return "the encoder's keys have no bias"
+    return None
+
+
+def _why_not_estimator(estimator: Any) -> str | None:
+    blocks = len(estimator.down_blocks), len(estimator.up_blocks)
+    if blocks != (1, 1):
+        return f"the estimator has {blocks[0]} down and {blocks[1]} up blocks, not one of each"
+    for stage in (*estimator.down_blocks, *estimator.mid_blocks, *estimator.up_blocks):
+        for block in stage[1]:
+            attention = block.attn1
+            if not type(attention.processor).__qualname__.startswith("AttnProcessor"):
+                return f"attention runs by a {type(attention.processor).__qualname__}"
+            projections = attention.to_q, attention.to_k, attention.to_v
+            if any(each.bias is not None for each in projections):
+                return "attention's projections have biases"
+            width = attention.inner_dim // attention.heads
+            if attention.scale != width**-0.5:
+                return f"attention scales by {attention.scale}, not {width**-0.5}"
     return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..graph import capture, graphs_wanted, settle, why_no_graph
 from ..modules import signature
 from ..options import Options
 from ..overrides import is_ours
@@ -19,7 +20,6 @@ from ..recent import Recent
 from . import weights as packing
 from .backbone import EAGER, compiled
 from .decode_step import decode_step
-from .graph import capture, graphs_wanted, settle, why_no_graph
 from .pool import Slot, SlotPool
 from .prefill import MOST_VOICES, VoicePrefix, check_conditioning, voice_prefix
 from .state import CAPACITIES, DecodeState

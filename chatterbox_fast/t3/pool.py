@@ -9,7 +9,7 @@ from threading import Lock, Semaphore
 
 import torch
 
-from .graph import settle
+from ..graph import settle
 from .state import DecodeState, capacity_for
 
 AT_ONCE = 8

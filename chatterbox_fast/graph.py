@@ -1,4 +1,4 @@
-"""A decode step as a CUDA graph: one launch for the whole step."""
+"""Pure functions over preallocated buffers as CUDA graphs: one launch for all of one."""
 
 from __future__ import annotations
 

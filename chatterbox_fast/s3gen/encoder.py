@@ -1,0 +1,178 @@
+"""The encoder: speech tokens to what the flow is conditioned on, two frames a token.
+
+The same numbers as stock's `UpsampleConformerEncoder` and the layers around it up to rounding:
+
+- without masks: every row is as long as the tensor (`runner` leaves the rest to stock). Whoever
+  pads must zero the pads before the lookahead, which reads three tokens further, and mask the keys;
+- the relative positions of all layers are projected at once, and shifted by their strides alone;
+- a frame's two halves of the upsampling read three tokens, not five copies of them.
+
+Pure functions of tensors: no value is read on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layers import Linear, Norm, SequenceConv, full_conv, linear, merged, norm
+
+
+class Layer(NamedTuple):
+    """A conformer layer: attention with relative positions, and a feed-forward network.
+
+    Attributes:
+        qkv: q's bias has stock's ``pos_bias_u`` in it.
+        u_to_v: ``(C,)``, what makes of that q the one that meets the positions.
+    """
+
+    norm: Norm
+    qkv: Linear
+    u_to_v: Tensor
+    out: Linear
+    heads: int
+    ff_norm: Norm
+    up: Linear
+    down: Linear
+
+    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
+        """``(B, T, C)``, as x; positions ``(2 T - 1, C)`` have attention's scale in them."""
+        x = self.out.added_to(x, self._attention(self.qkv(self.norm(x)), positions))
+        return self.down.added_to(x, self.up.silu(self.ff_norm(x)))
+
+    def _attention(self, qkv: Tensor, positions: Tensor) -> Tensor:
+        q, k, v = (self._split(part) for part in qkv.chunk(3, dim=-1))
+        with_v = self._split(qkv[..., : len(self.u_to_v)] + self.u_to_v)
+        bias = by_distance(with_v @ self._split(positions).mT)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return mixed.transpose(1, 2).flatten(2)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """``(..., H, T, D)`` of ``(..., T, C)``."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+
+
+def by_distance(scores: Tensor) -> Tensor:
+    """``(B, H, T, T)``, a view: row i takes columns T - 1 - i to 2 T - 2 - i of its ``2 T - 1``."""
+    rows, heads, length, _ = scores.shape
+    outer = scores.stride()[:2]
+    return scores.as_strided((rows, heads, length, length), (*outer, 2 * length - 2, 1), length - 1)
+
+
+class Stack(NamedTuple):
+    """What embeds a sequence, and its layers.
+
+    Attributes:
+        embed_norm: stock's scale of the embedding is in it.
+        positions: ``(2 P - 1, C)``, stock's table of relative positions.
+        project: all layers' projections of positions, side by side.
+    """
+
+    embed: Linear
+    embed_norm: Norm
+    positions: Tensor
+    project: Linear
+    layers: tuple[Layer, ...]
+
+    def embedded(self, x: Tensor) -> Tensor:
+        """``(B, T, C)`` of ``(B, T, C')``."""
+        return self.embed_norm(self.embed(x))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layers' output ``(B, T, C)``."""
+        length, middle = x.shape[1], len(self.positions) // 2
+        positions = self.project(self.positions[middle - length + 1 : middle + length])
+        for layer, own in zip(self.layers, positions.chunk(len(self.layers), dim=-1), strict=True):
+            x = layer(x, own)
+        return x
+
+
+class EncoderWeights(NamedTuple):
+    """Embedding, lookahead, layers before and after the upsampling, projection to mel bands."""
+
+    tokens: Tensor
+    ahead: SequenceConv
+    behind: SequenceConv
+    before: Stack
+    upsample: SequenceConv
+    after: Stack
+    norm: Norm
+    project: Linear
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the table of positions is long enough for."""
+        return min((len(self.before.positions) + 1) // 2, (len(self.after.positions) + 1) // 4)
+
+
+def pack_encoder(flow: Any) -> EncoderWeights:
+    """The weights of a flow's encoder that `why_flow_unsupported` has nothing against."""
+    encoder = flow.encoder
+    ahead = encoder.pre_lookahead_layer
+    upsample = encoder.up_layer.conv
+    return EncoderWeights(
+        tokens=flow.input_embedding.weight.detach(),
+        ahead=full_conv(ahead.conv1.weight, ahead.conv1.bias),
+        behind=full_conv(ahead.conv2.weight, ahead.conv2.bias),
+        before=_stack(encoder.embed, encoder.encoders),
+        upsample=full_conv(_both_halves(upsample.weight.detach()), upsample.bias.repeat(2)),
+        after=_stack(encoder.up_embed, encoder.up_encoders),
+        norm=norm(encoder.after_norm),
+        project=linear(flow.encoder_proj),
+    )
+
+
+def _both_halves(weight: Tensor) -> Tensor:
+    """``(2 N, C, 3)``: the convolution ``(N, C, 5)`` of a sequence that has every item twice."""
+    a, b, c, d, e = weight.unbind(-1)
+    first = torch.stack([a + b, c + d, e], dim=-1)
+    second = torch.stack([a, b + c, d + e], dim=-1)
+    return torch.cat([first, second])
+
+
+def _stack(embed: Any, layers: Any) -> Stack:
+    scale = embed.pos_enc.xscale
+    plain = norm(embed.out[1])
+    width = layers[0].self_attn.d_k
+    project = merged([layer.self_attn.linear_pos.weight / math.sqrt(width) for layer in layers])
+    return Stack(
+        embed=linear(embed.out[0]),
+        embed_norm=Norm(plain.weight * scale, plain.bias * scale, plain.eps),
+        positions=embed.pos_enc.pe[0].to(plain.weight),
+        project=project,
+        layers=tuple(map(_layer, layers)),
+    )
+
+
+def _layer(module: Any) -> Layer:
+    attention, ff = module.self_attn, module.feed_forward
+    u, v = attention.pos_bias_u.detach().flatten(), attention.pos_bias_v.detach().flatten()
+    projections = attention.linear_q, attention.linear_k, attention.linear_v
+    bias = torch.cat([each.bias.detach() for each in projections])
+    bias[: len(u)] += u
+    return Layer(
+        norm=norm(module.norm_mha),
+        qkv=merged([each.weight for each in projections], bias),
+        u_to_v=v - u,
+        out=linear(attention.linear_out),
+        heads=attention.h,
+        ff_norm=norm(module.norm_ff),
+        up=linear(ff.w_1),
+        down=linear(ff.w_2),
+    )
+
+
+def encode(weights: EncoderWeights, tokens: Tensor) -> Tensor:
+    """What the flow is conditioned on, ``(B, 2 N, 80)``, of tokens ``(B, N)`` int64."""
+    length = tokens.shape[1]
+    x = weights.before.embedded(F.embedding(tokens, weights.tokens))
+    seen = F.leaky_relu(weights.ahead(x)[:, -length:], inplace=True)
+    x = weights.behind(seen)[:, :length] + x
+    x = weights.upsample(weights.before(x))[:, :length]
+    x = x.unflatten(-1, (2, -1)).flatten(1, 2)
+    x = weights.after(weights.after.embedded(x))
+    return weights.project(weights.norm(x))

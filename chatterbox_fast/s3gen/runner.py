@@ -1,0 +1,178 @@
+"""S3Gen's two stages as stock's callers see them: the arguments read, the draws, the engine.
+
+What the engine does not compute goes to stock: batches of unequal lengths, odd dtypes, more than
+100 s at once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .encoder import encode
+from .engine import FlowEngine
+from .flow import condition, solve
+from .vocoder import Draws, VocoderWeights, decode, f0, source
+
+
+class Utterance(NamedTuple):
+    """What the flow turns into a mel.
+
+    Attributes:
+        tokens: ``(B, N)`` int64, the voice's and then the speech's.
+        speaker: ``(B, E)``, the speaker embedding.
+        prompt: ``(B, P, 80)``, the voice's mel.
+    """
+
+    tokens: Tensor
+    speaker: Tensor
+    prompt: Tensor
+
+
+def read_utterance(flow: Any, engine: FlowEngine, arguments: dict[str, Any]) -> Utterance | None:
+    """The arguments of stock's ``flow.inference``; None where stock must run.
+
+    The values of tokens and lengths are read on the host, all at once: one sync on a GPU.
+
+    Raises:
+        ValueError: no tokens, or a prompt_feat longer than the mel of all tokens.
+        IndexError: a token that the embedding does not have (stock's own error, but for a GPU,
+            where it would take the process's CUDA context with it).
+    """
+    if flow.decoder.estimator.meanflow is not arguments["meanflow"]:
+        return None
+    token, speaker = arguments["token"], torch.atleast_2d(arguments["embedding"])
+    if token.ndim != 2 or speaker.dtype != flow.encoder_proj.weight.dtype:
+        return None
+    rows = len(token)
+    prompt_token, prompt = arguments["prompt_token"], arguments["prompt_feat"]
+    prompt_token, prompt = torch.atleast_2d(prompt_token), prompt[(None,) * (3 - prompt.ndim)]
+    if any(len(each) not in (1, rows) for each in (prompt_token, prompt, speaker)):
+        return None
+    tokens = torch.cat([prompt_token.expand(rows, -1), token], dim=1).long()
+    if tokens.shape[1] == 0:
+        raise ValueError("chatterbox_fast: token and prompt_token must not both be empty")
+    lengths = arguments["token_len"] + arguments["prompt_token_len"]
+    facts = torch.stack([tokens.amin(), tokens.amax(), *(lengths.long().aminmax())])
+    lowest, highest, shortest, longest = facts.tolist()
+    if lowest < 0 or highest >= flow.vocab_size:
+        bad = lowest if lowest < 0 else highest
+        raise IndexError(
+            f"chatterbox_fast: speech tokens must be in [0, {flow.vocab_size}), got {bad}"
+        )
+    if not shortest == longest == tokens.shape[1] <= engine.encoder.longest:
+        return None
+    return Utterance(tokens, speaker.expand(rows, -1), prompt.expand(rows, -1, -1))
+
+
+def flow_inference(
+    flow: Any,
+    engine: FlowEngine,
+    utterance: Utterance,
+    *,
+    finalize: bool,
+    n_timesteps: int,
+    noised_mels: Tensor | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """The mel ``(B, 80, M)`` of the speech, without the voice's prompt.
+
+    Args:
+        finalize: False cuts the frames whose tokens have not been followed by the lookahead yet.
+        n_timesteps: Euler steps.
+        noised_mels: ``(B, 80, M')``, takes the place of the last M' frames of noise (meanflow).
+        generator: what the noise is drawn from; None is torch's global generator.
+    """
+    mu = encode(engine.encoder, utterance.tokens)
+    if finalize is False:
+        mu = mu[:, : -flow.pre_lookahead_len * flow.token_mel_ratio]
+    rows, frames, bands = mu.shape
+    known = utterance.prompt.shape[1]
+    if known > frames:
+        raise ValueError(
+            f"chatterbox_fast: prompt_feat must have at most the {frames} frames of all tokens' "
+            f"mel, got {known}"
+        )
+    # Stock's draw, in stock's order of dimensions.
+    noise = mu.new_empty(rows, bands, frames).normal_(generator=generator)
+    if noised_mels is not None:
+        noise[..., frames - noised_mels.shape[2] :] = noised_mels
+    prompt = F.pad(utterance.prompt.to(mu.dtype), (0, 0, 0, frames - known))
+    speaker = flow.spk_embed_affine_layer(F.normalize(utterance.speaker, dim=1))
+    mel = solve_from(engine, mu, speaker, prompt, noise, n_timesteps)
+    return mel[:, known:].transpose(1, 2)
+
+
+def solve_from(
+    engine: FlowEngine,
+    mu: Tensor,
+    speaker: Tensor,
+    prompt: Tensor,
+    noise: Tensor,
+    n_timesteps: int,
+) -> Tensor:
+    """Mel ``(B, T, 80)`` from noise ``(B, 80, T)``; the rest as `condition` takes it."""
+    given = condition(engine.solver, mu, speaker, prompt)
+    table = engine.table(n_timesteps)
+    return solve(engine.solver, table, given, noise.transpose(1, 2).contiguous())
+
+
+def read_mel(vocoder: VocoderWeights, arguments: dict[str, Any]) -> Tensor | None:
+    """The mel of stock's ``mel2wav.inference`` as ``(B, T, 80)``; None where stock must run.
+
+    Raises:
+        ValueError: a mel without frames.
+    """
+    mel: Tensor = arguments["speech_feat"]
+    bands = vocoder.conv_pre.weight.shape[1]
+    if mel.ndim != 3 or mel.shape[1] != bands or mel.dtype != vocoder.conv_pre.weight.dtype:
+        return None
+    if mel.shape[2] == 0:
+        raise ValueError(
+            f"chatterbox_fast: speech_feat must have at least one frame, got {tuple(mel.shape)}; "
+            "no speech tokens, no audio"
+        )
+    return mel.transpose(1, 2).contiguous()
+
+
+def vocoder_inference(
+    vocoder: VocoderWeights,
+    mel: Tensor,
+    cache_source: Tensor,
+    *,
+    generator: torch.Generator | None,
+    cpu_generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """The waveform ``(B, L)`` of mel ``(B, T, 80)``, and its excitation ``(B, 1, L)``.
+
+    Args:
+        cache_source: ``(B, 1, N)``, takes the place of the first N samples of the excitation.
+        generator: what the noise is drawn from; None is torch's global generator.
+        cpu_generator: the same for the phase, which stock draws on the CPU.
+    """
+    draws = draw_source(vocoder, mel, generator, cpu_generator)
+    excitation = source(vocoder, f0(vocoder, mel), draws)
+    if cache_source.shape[2] != 0:
+        excitation[:, :, : cache_source.shape[2]] = cache_source
+    return decode(vocoder, mel, excitation), excitation
+
+
+def draw_source(
+    vocoder: VocoderWeights,
+    mel: Tensor,
+    generator: torch.Generator | None,
+    cpu_generator: torch.Generator | None,
+) -> Draws:
+    """Stock's draws in stock's order, the last of which stock does not use."""
+    rows, samples = len(mel), mel.shape[1] * vocoder.upsample
+    harmonics = len(vocoder.harmonics)
+    phase = torch.rand(rows, harmonics, 1, generator=cpu_generator, device="cpu")
+    phase = phase.mul_(2 * math.pi).sub_(math.pi)
+    phase[:, 0] = 0
+    noise = mel.new_empty(rows, harmonics, samples).normal_(generator=generator)
+    mel.new_empty(rows, samples, 1).normal_(generator=generator)
+    return Draws(phase.to(mel.device, mel.dtype), noise)

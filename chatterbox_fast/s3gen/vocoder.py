@@ -1,0 +1,266 @@
+"""HiFT, the vocoder: mel -> F0 -> harmonic source -> waveform.
+
+The same numbers as stock's `HiFTGenerator` up to rounding, and where F0 is equal the very same
+source: weight norm is folded, sequences are ``(B, T, C)``, STFT and inverse STFT are one matrix
+product and one transposed convolution, and what is drawn comes in from outside. Pure functions of
+tensors: no value is read on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layers import (
+    Linear,
+    SequenceConv,
+    SequenceConvTranspose,
+    linear,
+    sequence_conv,
+    sequence_conv_transpose,
+)
+
+N_FFT, HOP = 16, 4
+BINS = N_FFT // 2 + 1
+LOUDEST = 1e2
+"""The largest magnitude of a spectrum's bin, as stock clips it."""
+
+
+class Snake(NamedTuple):
+    """x + sin(alpha x)^2 / alpha; both are ``(C,)``."""
+
+    alpha: Tensor
+    inverse: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(B, T, C)``, as x, which is not changed."""
+        return torch.addcmul(x, (x * self.alpha).sin_().square_(), self.inverse)
+
+
+class ResBlock(NamedTuple):
+    """Snake, dilated convolution, Snake, convolution, around which x goes; several of them."""
+
+    layers: tuple[tuple[Snake, SequenceConv, Snake, SequenceConv], ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(B, T, C)``, as x, which is not changed."""
+        for snake1, conv1, snake2, conv2 in self.layers:
+            x = conv2(snake2(conv1(snake1(x)))).add_(x)
+        return x
+
+
+class Upsampling(NamedTuple):
+    """A transposed convolution, the source's share, and the mean of residual blocks."""
+
+    up: SequenceConvTranspose
+    source_down: SequenceConv
+    source_block: ResBlock
+    blocks: tuple[ResBlock, ...]
+
+
+class VocoderWeights(NamedTuple):
+    """The layers, and stock's constants.
+
+    Attributes:
+        f0_convs, f0_head: mel to F0.
+        merge: harmonics to one excitation.
+        harmonics: ``(H,)``, 1 for the fundamental, 2 for its first overtone, ...
+        analysis: ``(16, 18)``, window and Fourier transform, real parts and then imaginary ones.
+        synthesis: ``(18, 1, 16)``, the inverse, divided by what windows add up to.
+        first, last: ``(4,)``, what the first and the last 4 samples are multiplied by, which
+            fewer windows reach.
+        upsample: samples a mel frame.
+        slope: of the leaky ReLUs but the last.
+        limit: the loudest sample.
+    """
+
+    f0_convs: tuple[SequenceConv, ...]
+    f0_head: Linear
+    merge: Linear
+    harmonics: Tensor
+    conv_pre: SequenceConv
+    stages: tuple[Upsampling, ...]
+    conv_post: SequenceConv
+    analysis: Tensor
+    synthesis: Tensor
+    first: Tensor
+    last: Tensor
+    upsample: int
+    slope: float
+    limit: float
+    sine: SineConstants
+
+
+class SineConstants(NamedTuple):
+    """What stock's `SineGen` is set to: Hz, amplitudes, Hz."""
+
+    rate: int
+    amplitude: float
+    noise: float
+    threshold: float
+
+
+class Draws(NamedTuple):
+    """What is random in a source.
+
+    Attributes:
+        phase: ``(B, H, 1)``, each harmonic's phase at the start, the fundamental's 0.
+        noise: ``(B, H, L)``, normal.
+    """
+
+    phase: Tensor
+    noise: Tensor
+
+
+def pack_vocoder(mel2wav: Any) -> VocoderWeights:
+    """The weights of a `HiFTGenerator` that `why_vocoder_unsupported` has nothing against."""
+    generator, weight = mel2wav.m_source.l_sin_gen, mel2wav.conv_pre.weight
+    kernels = mel2wav.num_kernels
+    stages = [
+        Upsampling(
+            up=sequence_conv_transpose(up),
+            source_down=sequence_conv(mel2wav.source_downs[i]),
+            source_block=_res_block(mel2wav.source_resblocks[i]),
+            blocks=tuple(map(_res_block, mel2wav.resblocks[i * kernels : (i + 1) * kernels])),
+        )
+        for i, up in enumerate(mel2wav.ups)
+    ]
+    window = mel2wav.stft_window.double()
+    first, last = _ends(window)
+    return VocoderWeights(
+        f0_convs=tuple(sequence_conv(each) for each in mel2wav.f0_predictor.condnet[::2]),
+        f0_head=linear(mel2wav.f0_predictor.classifier),
+        merge=linear(mel2wav.m_source.l_linear),
+        harmonics=torch.arange(1, generator.harmonic_num + 2, device=weight.device),
+        conv_pre=sequence_conv(mel2wav.conv_pre),
+        stages=tuple(stages),
+        conv_post=sequence_conv(mel2wav.conv_post),
+        analysis=_analysis(window).to(weight),
+        synthesis=_synthesis(window).to(weight),
+        first=first.to(weight),
+        last=last.to(weight),
+        upsample=int(mel2wav.f0_upsamp.scale_factor),
+        slope=mel2wav.lrelu_slope,
+        limit=mel2wav.audio_limit,
+        sine=SineConstants(
+            generator.sampling_rate,
+            generator.sine_amp,
+            generator.noise_std,
+            generator.voiced_threshold,
+        ),
+    )
+
+
+def _res_block(module: Any) -> ResBlock:
+    parts = (module.activations1, module.convs1, module.activations2, module.convs2)
+    return ResBlock(
+        tuple(
+            (_snake(snake1), sequence_conv(conv1), _snake(snake2), sequence_conv(conv2))
+            for snake1, conv1, snake2, conv2 in zip(*parts, strict=True)
+        )
+    )
+
+
+def _snake(module: Any) -> Snake:
+    alpha = module.alpha.detach()
+    return Snake(alpha, 1.0 / (alpha + module.no_div_by_zero))
+
+
+def _angles() -> Tensor:
+    """``(16, 9)``: sample times frequency, in radians."""
+    turns = torch.outer(torch.arange(N_FFT), torch.arange(BINS)) % N_FFT
+    return 2 * math.pi / N_FFT * turns.double()
+
+
+def _analysis(window: Tensor) -> Tensor:
+    angles = _angles().to(window.device)
+    return window[:, None] * torch.cat([angles.cos(), -angles.sin()], dim=1)
+
+
+def _synthesis(window: Tensor) -> Tensor:
+    angles = _angles().to(window.device)
+    twice = window.new_full((BINS,), 2.0)
+    twice[0] = twice[-1] = 1.0  # every other frequency stands for its mirror image too
+    imaginary = -angles.sin() * twice
+    imaginary[:, 0] = imaginary[:, -1] = 0.0  # what is imaginary there is ignored by an inverse FFT
+    basis = torch.cat([angles.cos() * twice, imaginary], dim=1) * window[:, None] / N_FFT
+    everywhere = _overlap(window).sum(0).repeat(N_FFT // HOP)
+    return (basis / everywhere[:, None]).T[:, None].contiguous()
+
+
+def _ends(window: Tensor) -> tuple[Tensor, Tensor]:
+    """At both ends of the wave one of the four windows is missing."""
+    overlap = _overlap(window)
+    return overlap.sum(0) / overlap[:-1].sum(0), overlap.sum(0) / overlap[1:].sum(0)
+
+
+def _overlap(window: Tensor) -> Tensor:
+    """``(4, 4)``: what each window that reaches a sample adds to it, for samples n, n + 1, ..."""
+    return window.square().view(N_FFT // HOP, HOP)
+
+
+def f0(weights: VocoderWeights, mel: Tensor) -> Tensor:
+    """F0 in Hz, ``(B, T)``, of mel ``(B, T, 80)``."""
+    for conv in weights.f0_convs:
+        mel = F.elu(conv(mel), inplace=True)
+    return weights.f0_head(mel).squeeze(-1).abs()
+
+
+def source(weights: VocoderWeights, pitch: Tensor, draws: Draws) -> Tensor:
+    """The excitation ``(B, 1, L)`` of F0 ``(B, T)``: harmonics where it is voiced, noise elsewhere.
+
+    Until the sum over time all is computed a frame, not a sample, at a time: it is constant there.
+    """
+    sine = weights.sine
+    # Stock's order of operations: the phase is the sum of 24,000 of these a second.
+    step = pitch[:, None] * weights.harmonics[:, None] / sine.rate
+    phase = step.repeat_interleave(weights.upsample, dim=-1).cumsum(-1)
+    phase = phase.remainder_(1).mul_(2 * math.pi).add_(draws.phase)
+    waves = phase.sin_().mul_(sine.amplitude)
+    voiced = (pitch > sine.threshold).to(pitch.dtype)[:, None]
+    loudness = voiced * sine.noise + (1 - voiced) * sine.amplitude / 3
+    frames = (-1, weights.upsample)
+    waves = waves.unflatten(-1, frames).mul_(voiced[..., None])
+    waves = waves.add_(draws.noise.unflatten(-1, frames) * loudness[..., None]).flatten(-2)
+    return weights.merge(waves.transpose(1, 2)).tanh_().transpose(1, 2)
+
+
+def decode(weights: VocoderWeights, mel: Tensor, excitation: Tensor) -> Tensor:
+    """The waveform ``(B, L)`` of mel ``(B, T, 80)`` and its excitation ``(B, 1, L)``."""
+    spectrum = stft(weights, excitation.squeeze(1))
+    x = weights.conv_pre(mel)
+    for stage in weights.stages:
+        x = stage.up(F.leaky_relu(x, weights.slope))
+        if stage is weights.stages[-1]:
+            x = torch.cat([x[:, 1:2], x], dim=1)  # one reflected sample: as long as the spectrum
+        x = x.add_(stage.source_block(stage.source_down(spectrum)))
+        first, *rest = stage.blocks
+        total = first(x)
+        for block in rest:
+            total = total.add_(block(x))
+        x = total.div_(len(stage.blocks))
+    magnitude, phase = weights.conv_post(F.leaky_relu(x)).split(BINS, dim=-1)
+    wave = istft(weights, magnitude.exp(), phase.sin())
+    return wave.clamp_(-weights.limit, weights.limit)
+
+
+def stft(weights: VocoderWeights, wave: Tensor) -> Tensor:
+    """``torch.stft`` of ``(B, L)``: ``(B, L / 4 + 1, 18)``, real parts and then imaginary ones."""
+    padded = F.pad(wave[:, None], (N_FFT // 2, N_FFT // 2), mode="reflect").squeeze(1)
+    return padded.unfold(1, N_FFT, HOP) @ weights.analysis
+
+
+def istft(weights: VocoderWeights, magnitude: Tensor, phase: Tensor) -> Tensor:
+    """``torch.istft`` of ``(B, M, 9)``: ``(B, 4 (M - 1))``; a magnitude counts up to 100."""
+    magnitude = magnitude.clamp(max=LOUDEST)
+    spectrum = torch.cat([magnitude * phase.cos(), magnitude * phase.sin()], dim=-1)
+    wave = F.conv_transpose1d(
+        spectrum.transpose(1, 2), weights.synthesis, stride=HOP, padding=N_FFT // 2
+    ).squeeze(1)
+    wave[:, :HOP].mul_(weights.first)
+    wave[:, -HOP:].mul_(weights.last)
+    return wave

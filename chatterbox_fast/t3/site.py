@@ -1,0 +1,130 @@
+"""Where T3's engine takes stock's place: the loop, and the weights that it packs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+from .. import dispatch
+from ..options import Options
+from ..overrides import Change, Override, bound
+from ..request import current_request
+from ..rng import drawing_by_name
+from ..site import Row, Site
+from . import runner, weights
+from .engine import Engine, Engines
+from .support import why_unsupported
+
+
+def t3_site(t3: Any, options: Options) -> Site:
+    """T3's loop, and its weights."""
+    engines = Engines(options)
+    make = functools.partial(make_t3_inference, engines=engines)
+    rows = functools.partial(describe_t3, t3, engines)
+    more = functools.partial(packing_changes, t3, engines)
+    return Site("t3.inference", t3, "inference", make, rows, more=more)
+
+
+def packing_changes(t3: Any, engines: Engines) -> list[Change]:
+    """T3's weights are packed, and its backbone brings them home for others who call it."""
+    packing = Packing(t3, engines)
+    if why_unsupported(t3) is not None:  # its backbone may not even be transformers'
+        return [packing]
+    return [home_guard(t3, engines), packing]
+
+
+@dataclass
+class Packing:
+    """Packs a T3's weights when it is patched, and gives them back as they were."""
+
+    owner: Any
+    engines: Engines
+    name: str = "weights"
+
+    def apply(self) -> None:
+        """Packs the weights; a T3 that is left to stock keeps its own."""
+        try:
+            if why_unsupported(self.owner) is None:
+                self.engines.of(self.owner)
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Gives the weights back."""
+        self.engines.release(self.owner)
+
+    def in_place(self) -> bool:
+        """Always: weights that changed since are packed anew."""
+        return True
+
+
+def describe_t3(t3: Any, engines: Engines) -> list[Row]:
+    """What T3 would run if it were called now: `.to()` after patching can change the answer."""
+    if (reason := why_unsupported(t3)) is not None:
+        return [Row("t3.inference", "stock", "torch", reason)]
+    engine, device = engines.of(t3), t3.device
+    how = ["compiled"] if engine.options.compile else []
+    why = [engine.precise.why]
+    if engine.eager_because is None:
+        how.append("CUDA graph")
+    else:
+        why.append(engine.eager_because)
+    backend = ", ".join([device.type, *(how or ["eager"])])
+    rows = [
+        Row("t3.inference", f"engine, {engine.precise.precision}", backend, "; ".join(why)),
+        describe_memory(t3, engine),
+    ]
+    for op in dispatch.T3_OPS:
+        choice = dispatch.choose(op, device, engine.options.backend)
+        rows.append(Row(f"  {op}", "op", choice.backend, choice.reason))
+    return rows
+
+
+def describe_memory(t3: Any, engine: Engine) -> Row:
+    """T3's weights in memory, stock's and now."""
+    stock = sum(p.nbytes for p in t3.parameters())
+    now = sum(p.nbytes for p in t3.parameters() if p.device == t3.device)
+    if engine.weights.decode.head.weight.data_ptr() != t3.speech_head.weight.data_ptr():
+        now += weights.bytes_of(engine.weights.decode)
+    host = "; the originals wait on the host" if engine.replaces_originals else ""
+    size = f"{stock / 1e9:.2f} GB -> {now / 1e9:.2f} GB"
+    return Row("  weights", size, t3.device.type, f"before -> now{host}")
+
+
+def make_t3_inference(stock: Callable[..., Any], *, engines: Engines) -> Callable[..., Any]:
+    """T3's loop: the engine where it computes the same as stock, else stock.
+
+    Stock keeps a request's state on the module, so its own loop runs for one request at a time.
+    """
+    one_at_a_time = Lock()
+
+    @functools.wraps(stock)
+    def inference(self: Any, **arguments: Any) -> Any:
+        if why_unsupported(self) is not None:
+            with one_at_a_time:
+                return stock(self, **arguments)
+        generator = current_request().generator(self.device)
+        with drawing_by_name():
+            return runner.inference(self, engines.of(self), **arguments, generator=generator)
+
+    return inference
+
+
+def home_guard(t3: Any, engines: Engines) -> Override:
+    """The backbone's forward, for all who call it, stock's loop among them.
+
+    The engine does not. It may keep the backbone's weights on the host: they come home first, and
+    stay.
+    """
+    stock = type(t3.tfmr).forward
+
+    @functools.wraps(stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        engines.bring_home(self)
+        return stock(self, *args, **kwargs)
+
+    return Override(t3.tfmr, "forward", bound(forward, t3.tfmr))

@@ -1,0 +1,246 @@
+"""The flow on the engine: float64, what makes it leave the work to stock, bad input, threads."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from typing import Any
+
+import pytest
+import torch
+from chatterbox.models.s3gen import decoder as stock_decoder
+from s3gen_toolkit import Engine, relative, rough_s3gen, seeded, utterance
+from torch import Tensor, nn
+
+from chatterbox_fast.s3gen.engine import TABLES, Engines, FlowEngine, flow_signature
+from chatterbox_fast.s3gen.support import why_flow_unsupported
+
+
+@pytest.fixture(scope="module")
+def _s3gen() -> Any:
+    return rough_s3gen()
+
+
+@pytest.fixture
+def s3gen(_s3gen: Any) -> Any:
+    """Fails the test that leaves it changed."""
+    parameters = {name: (p, p._version) for name, p in _s3gen.named_parameters()}
+    yield _s3gen
+    assert {name: (p, p._version) for name, p in _s3gen.named_parameters()} == parameters
+    assert "inference" not in vars(_s3gen.flow)
+    assert why_flow_unsupported(_s3gen.flow) is None
+
+
+def mel(s3gen: Any, arguments: dict[str, Any]) -> Tensor:
+    found, _ = seeded(lambda: s3gen.flow.inference(**arguments)[0])
+    return found
+
+
+def test_error_is_stocks_or_less(s3gen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against float64, in which stock runs but for a check of the mask's dtype."""
+    noise = torch.randn(1, 80, 56)  # takes the place of what is drawn
+    arguments = utterance(20, 8) | {"noised_mels": noise}
+    floats = ("prompt_feat", "embedding", "noised_mels")
+    exact = arguments | {name: arguments[name].double() for name in floats}
+    double = copy.deepcopy(s3gen).double()
+    monkeypatch.setattr(
+        stock_decoder, "mask_to_bias", lambda mask, dtype: (1.0 - mask.to(dtype)) * -1e10
+    )
+    oracle = mel(double, exact)
+    with Engine(double):
+        assert relative(mel(double, exact), oracle) < 1e-13
+    stocks = relative(mel(s3gen, arguments).double(), oracle)
+    with Engine(s3gen):
+        ours = relative(mel(s3gen, arguments).double(), oracle)
+    assert ours <= 2 * stocks + torch.finfo(torch.float).eps
+    assert stocks < 1e-5
+
+
+def test_every_input_reaches_the_mel(s3gen: Any) -> None:
+    arguments = utterance()
+    with Engine(s3gen):
+        plain = mel(s3gen, arguments)
+        for name in ("prompt_feat", "embedding"):
+            changed = mel(s3gen, arguments | {name: arguments[name] + 0.1})
+            assert relative(changed, plain) > 1e-4, name
+        for name in ("token", "prompt_token"):
+            assert relative(mel(s3gen, arguments | {name: arguments[name].flip(1)}), plain) > 1e-2
+
+
+def test_cut_before_the_lookahead(s3gen: Any) -> None:
+    """Stock fails with finalize=False: its mask has the length from before the cut."""
+    arguments, encoder = utterance(12, 6), s3gen.flow.encoder
+    with pytest.raises(RuntimeError, match="must match the existing size"):
+        mel(s3gen, arguments | {"finalize": False})
+    with Engine(s3gen):
+        found = mel(s3gen, arguments | {"finalize": False})
+
+    def cut(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, mask = type(encoder).forward(encoder, *inputs)
+        return hidden[:, :-6], mask[..., :-6]
+
+    encoder.forward = cut
+    expected = mel(s3gen, arguments)
+    del encoder.forward
+    assert found.shape == (1, 80, 2 * (12 - 3))
+    assert relative(found, expected) < 1e-5
+
+
+def test_unequal_lengths_are_stocks(s3gen: Any) -> None:
+    arguments = utterance(6, 5, rows=2) | {"token_len": torch.tensor([6, 4])}
+    expected = mel(s3gen, arguments)
+    with Engine(s3gen):
+        assert torch.equal(mel(s3gen, arguments), expected)
+
+
+@pytest.mark.parametrize("token", [6561, -1, 10**6])
+def test_tokens_out_of_range(s3gen: Any, token: int, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = utterance()
+    arguments["token"][0, 3] = token
+    with caplog.at_level(logging.CRITICAL), pytest.raises(IndexError):
+        mel(s3gen, arguments)
+    message = rf"speech tokens must be in \[0, 6561\), got {token}"
+    with Engine(s3gen):
+        with pytest.raises(IndexError, match=message):
+            mel(s3gen, arguments)
+        good = utterance()
+        found = mel(s3gen, good)
+    assert relative(found, mel(s3gen, good)) < 1e-5, "a failed call leaves nothing behind"
+
+
+def test_lengths_that_do_not_fit(s3gen: Any) -> None:
+    with Engine(s3gen):
+        with pytest.raises(ValueError, match="must not both be empty"):
+            mel(s3gen, utterance(0, 0))
+        with pytest.raises(ValueError, match="at most the 14 frames of all tokens' mel, got 30"):
+            mel(s3gen, utterance(3, 4, frames=30))
+        assert mel(s3gen, utterance(0, 4)).shape == (1, 80, 0)
+        with pytest.raises(TypeError):  # stock's own: it has no default for None
+            mel(s3gen, utterance() | {"n_timesteps": None})
+
+
+def test_extreme_inputs_stay_finite(s3gen: Any) -> None:
+    arguments = utterance()
+    arguments["prompt_feat"] *= 1e4
+    expected = mel(s3gen, arguments)
+    with Engine(s3gen):
+        found = mel(s3gen, arguments)
+    assert torch.isfinite(found).all()
+    assert relative(found, expected) < 1e-5
+    arguments["embedding"] = torch.zeros(1, 192)
+    with Engine(s3gen):
+        assert torch.isfinite(mel(s3gen, arguments)).all()
+
+
+def test_what_changes_is_noticed() -> None:
+    s3gen, arguments = rough_s3gen(), utterance()
+    decoder = s3gen.flow.decoder
+
+    def agrees() -> bool:
+        expected = mel(s3gen, arguments)
+        with engine:
+            return relative(mel(s3gen, arguments), expected) < 1e-5
+
+    engine = Engine(s3gen)
+    assert agrees()
+    before = mel(s3gen, arguments)
+    with torch.no_grad():
+        decoder.estimator.time_mlp.linear_1.bias += 1
+    assert agrees()
+    decoder.inference_cfg_rate = 0.2
+    assert agrees()
+    decoder.t_scheduler = "linear"
+    assert agrees()
+    s3gen.flow.spk_embed_affine_layer.bias.data = torch.ones(80)
+    assert agrees()
+    assert relative(mel(s3gen, arguments), before) > 1e-2, "the changes are seen at all"
+
+
+def test_what_is_not_stocks_is_left_to_stock() -> None:
+    s3gen = rough_s3gen()
+    flow, estimator = s3gen.flow, s3gen.flow.decoder.estimator
+    block, path = estimator.mid_blocks[0][1][0], "decoder.estimator.mid_blocks.0.1.0.norm1"
+
+    def reason() -> str:
+        found = why_flow_unsupported(flow)
+        assert found is not None
+        return found
+
+    flow.train()
+    assert reason() == "the module is in training mode"
+    flow.eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert reason() == "torch.autocast is on"
+    handle = block.norm1.register_forward_hook(lambda *_: None)
+    assert reason() == f"{path} has a forward hook, which would not be called"
+    handle.remove()
+    block.norm1.forward = block.norm1.forward
+    assert reason() == f"{path} has a forward of its own, which would not be called"
+    del block.norm1.forward
+    estimator.static_chunk_size = 50
+    assert reason() == "decoder.estimator has static_chunk_size 50, not 0"
+    estimator.static_chunk_size = 0
+    block.attn1.scale = 1.0
+    assert reason() == "attention scales by 1.0, not 0.125"
+    block.attn1.scale = 0.125
+    stock, estimator.final_proj = estimator.final_proj, nn.ConvTranspose2d(1, 1, 1)
+    estimator.final_block, final = nn.Bilinear(1, 1, 1), estimator.final_block
+    assert reason() == "decoder.estimator.final_block is a Bilinear"
+    estimator.final_proj, estimator.final_block = stock, final
+    flow.bfloat16()
+    assert reason() == "its weights are torch.bfloat16; the exact engine takes float32"
+    flow.float()
+    assert why_flow_unsupported(flow) is None
+    assert why_flow_unsupported(s3gen.mel2wav) is not None
+
+
+def test_training_runs_stock(s3gen: Any) -> None:
+    arguments = utterance()
+    s3gen.flow.train()
+    try:
+        expected = mel(s3gen, arguments)
+        with Engine(s3gen):
+            assert torch.equal(mel(s3gen, arguments), expected)
+    finally:
+        s3gen.flow.eval()
+
+
+def test_engines_are_kept_as_long_as_weights(s3gen: Any) -> None:
+    engines = Engines(FlowEngine, flow_signature)
+    first = engines.of(s3gen.flow)
+    assert engines.of(s3gen.flow) is first
+    table = first.table(10)
+    assert first.table(10) is table
+    assert len(table.shifts) == len(table.steps) == 10
+    for steps in range(1, TABLES + 1):
+        first.table(steps)
+    assert first.table(10) is not table
+    assert len(first._tables) == TABLES
+    other = copy.deepcopy(s3gen.flow)
+    assert engines.of(other) is not first
+    assert engines.of(s3gen.flow) is first
+
+
+def test_threads_share_nothing_that_changes(s3gen: Any) -> None:
+    cases = [
+        utterance(tokens, 5, seed=tokens) | {"n_timesteps": 2 + tokens % 3}
+        for tokens in range(4, 10)
+    ]
+    for case in cases:
+        frames = 2 * (case["token"].shape[1] + 5)
+        case["noised_mels"] = torch.randn(1, 80, frames)  # all of the noise: nothing is drawn
+    found: dict[int, Tensor] = {}
+
+    def work(number: int) -> None:
+        found[number] = s3gen.flow.inference(**cases[number])[0]
+
+    with Engine(s3gen):
+        expected = [s3gen.flow.inference(**case)[0] for case in cases]
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(len(cases))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, each in enumerate(expected):
+        assert torch.equal(found[number], each)

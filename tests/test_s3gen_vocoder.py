@@ -1,0 +1,158 @@
+"""The vocoder on the engine: float64, its transforms, what is left to stock, bad input."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from s3gen_toolkit import Engine, relative, rough_s3gen, seeded
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from chatterbox_fast.s3gen.engine import Engines
+from chatterbox_fast.s3gen.support import why_vocoder_unsupported
+from chatterbox_fast.s3gen.vocoder import VocoderWeights, decode, istft, pack_vocoder, stft
+
+
+@pytest.fixture(scope="module")
+def s3gen() -> Any:
+    return rough_s3gen()
+
+
+@pytest.fixture(scope="module")
+def weights(s3gen: Any) -> VocoderWeights:
+    return pack_vocoder(s3gen.mel2wav)
+
+
+@pytest.fixture(scope="module")
+def exact(s3gen: Any) -> Any:
+    """The vocoder in float64; its window is no buffer, so it stays behind."""
+    double = copy.deepcopy(s3gen.mel2wav).double()
+    double.stft_window = double.stft_window.double()
+    return double
+
+
+def sound(vocoder: Any, mel: Tensor, *more: Tensor) -> Tensor:
+    found, _ = seeded(lambda: vocoder.inference(mel, *more)[0])
+    return found
+
+
+@torch.inference_mode()
+def test_error_is_stocks_or_less(s3gen: Any, exact: Any, weights: VocoderWeights) -> None:
+    source = torch.Generator().manual_seed(1)
+    mel = torch.randn(1, 80, 25, generator=source)
+    excitation = 0.3 * torch.randn(1, 1, 25 * 480, generator=source)
+    oracle = exact.decode(mel.double(), excitation.double())
+    double = decode(pack_vocoder(exact), mel.double().transpose(1, 2), excitation.double())
+    assert relative(double, oracle) < 1e-12
+    stocks = relative(s3gen.mel2wav.decode(mel, excitation).double(), oracle)
+    ours = relative(decode(weights, mel.transpose(1, 2), excitation).double(), oracle)
+    assert ours <= 2 * stocks + torch.finfo(torch.float).eps
+    assert stocks < 1e-4
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 3])
+def test_transforms_are_torchs(exact: Any, rows: int) -> None:
+    vocoder, window = pack_vocoder(exact), exact.stft_window
+    for samples in (12, 480, 4800):
+        wave = torch.randn(rows, samples, dtype=torch.double)
+        real, imaginary = exact._stft(wave)
+        expected = torch.cat([real, imaginary], dim=1).transpose(1, 2)
+        assert relative(stft(vocoder, wave), expected) < 1e-13
+        shape = (rows, samples // 4 + 1, 9)
+        magnitude = 60 * torch.randn(shape, dtype=torch.double).square()
+        phase = 3 * torch.randn(shape, dtype=torch.double)
+        assert (magnitude > 100).any()
+        expected = exact._istft(magnitude.transpose(1, 2), phase.transpose(1, 2))
+        assert relative(istft(vocoder, magnitude, phase), expected) < 1e-13
+    assert window.dtype == torch.double
+
+
+def test_the_cached_source_is_used(s3gen: Any) -> None:
+    mel2wav, mel = s3gen.mel2wav, torch.randn(1, 80, 10)
+    cache = 0.2 * torch.randn(1, 1, 700)
+    (expected, its), _ = seeded(lambda: mel2wav.inference(mel, cache))
+    with Engine(s3gen):
+        (found, ours), _ = seeded(lambda: mel2wav.inference(mel, cache_source=cache))
+    assert torch.equal(ours[:, :, :700], cache)
+    assert relative(ours, its) < 1e-3
+    assert relative(found, expected) < 1e-3
+
+
+def test_a_mel_without_frames_or_of_another_kind(s3gen: Any) -> None:
+    mel2wav, good = s3gen.mel2wav, torch.randn(1, 80, 5)
+    with Engine(s3gen):
+        before = sound(mel2wav, good)
+        with pytest.raises(
+            ValueError, match="at least one frame, got .1, 80, 0.; no speech tokens"
+        ):
+            sound(mel2wav, torch.randn(1, 80, 0))
+        for bad in (torch.randn(1, 79, 5), good.double(), good[0, 0]):
+            with pytest.raises((RuntimeError, IndexError)) as stocks:  # as stock says it
+                type(mel2wav).inference(mel2wav, bad)
+            with pytest.raises(stocks.type):
+                sound(mel2wav, bad)
+        assert torch.equal(sound(mel2wav, good), before)
+
+
+def test_extreme_mels_stay_finite(s3gen: Any) -> None:
+    for scale in (0.0, 1e2, 1e4):
+        mel = scale * torch.randn(1, 80, 6)
+        with Engine(s3gen):
+            found = sound(s3gen.mel2wav, mel)
+        assert torch.isfinite(found).all()
+        assert found.abs().max() <= 0.99
+
+
+def test_a_folded_weight_follows_its_norm() -> None:
+    s3gen = rough_s3gen()
+    vocoder, mel = s3gen.mel2wav, torch.randn(1, 80, 6)
+    excitation = torch.randn(1, 1, 6 * 480)
+    engine = Engine(s3gen)
+
+    def agrees() -> bool:
+        expected = sound(vocoder, mel, excitation)
+        with engine:
+            return relative(sound(vocoder, mel, excitation), expected) < 1e-4
+
+    assert agrees()
+    before = sound(vocoder, mel, excitation)
+    with torch.no_grad():
+        vocoder.resblocks[4].convs1[1].parametrizations.weight.original0 *= 3
+    assert relative(sound(vocoder, mel, excitation), before) > 1e-3
+    assert agrees()
+    with torch.no_grad():
+        vocoder.resblocks[8].activations2[0].alpha += 0.5
+        vocoder.resblocks[2].activations1[0].alpha[3] = 0.0
+    assert agrees()
+    for module in vocoder.modules():
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")
+    assert why_vocoder_unsupported(vocoder) is None
+    assert agrees()
+
+
+def test_what_is_not_stocks_is_left_to_stock(s3gen: Any) -> None:
+    vocoder = copy.deepcopy(s3gen.mel2wav)
+    assert why_vocoder_unsupported(vocoder) is None
+    vocoder.istft_params = {"n_fft": 16, "hop_len": 8}
+    assert str(why_vocoder_unsupported(vocoder)).startswith("HiFTGenerator has istft_params {")
+    vocoder.istft_params = {"n_fft": 16, "hop_len": 4}
+    vocoder.resblocks[0].activations1[0].alpha_logscale = True
+    assert "resblocks.0.activations1.0 has alpha_logscale True, not False" in str(
+        why_vocoder_unsupported(vocoder)
+    )
+    vocoder.resblocks[0].activations1[0].alpha_logscale = False
+    vocoder.train()
+    assert why_vocoder_unsupported(vocoder) == "the module is in training mode"
+
+
+def test_one_set_of_weights_a_module(s3gen: Any) -> None:
+    engines = Engines(pack_vocoder)
+    first = engines.of(s3gen.mel2wav)
+    assert engines.of(s3gen.mel2wav) is first
+    assert not first.conv_pre.weight.is_inference()
+    assert engines.of(copy.deepcopy(s3gen.mel2wav)) is not first
