@@ -95,6 +95,8 @@ gpu-bench:
 	  --json $(abspath $(RESULTS_DIR))/t3_decode-cuda.json
 	cd build && $(ON_GPU) ../bench/s3gen.py --rounds 20 \
 	  --json $(abspath $(RESULTS_DIR))/s3gen-cuda.json
+	cd build && $(ON_GPU) ../bench/end_to_end.py --rounds 3 \
+	  --json $(abspath $(RESULTS_DIR))/end_to_end-cuda.json
 	cd build && $(ON_GPU) -m chatterbox_fast demo --size full --tokens 250 --device cuda \
 	  --out demo_out --json $(abspath $(RESULTS_DIR))/demo-cuda.json
 
@@ -104,8 +106,9 @@ bench: $(VENV)/.ready
 	$(BIN)/pytest bench --benchmark-only --benchmark-json=$(RESULTS_DIR)/bench.json $(ARGS)
 	$(BIN)/python bench/t3_decode.py --json $(RESULTS_DIR)/t3_decode.json
 	$(BIN)/python bench/s3gen.py --json $(RESULTS_DIR)/s3gen.json
+	$(BIN)/python bench/end_to_end.py --json $(RESULTS_DIR)/end_to_end.json
 
-# README's tables, from the raw results.
+# The tables of README and guide, from the raw results.
 tables: $(VENV)/.ready
 	$(BIN)/python -m bench.table
 

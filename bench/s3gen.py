@@ -4,8 +4,9 @@
 
 Random weights, random tokens, a random voice of `--prompt` seconds. Every stage gets the input that
 stock's stage before it leaves, and draws what it draws in a request. Stages: encoder (tokens to
-what the flow is conditioned on), solver (all Euler steps), vocoder (F0, source, waveform), total
-(`S3Gen.inference`).
+what the flow is conditioned on), solver (all Euler steps), flow (both, as a request runs them: on a
+GPU in one CUDA graph), vocoder (F0, source, waveform), total (`S3Gen.inference`). "stock, compiled"
+is stock with torch.compile around the estimator and the vocoder's decode.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,15 +26,24 @@ import torch
 from torch import Tensor
 
 from chatterbox_fast.demo import commit_id, describe_machine
-from chatterbox_fast.overrides import apply_all, undo_all
+from chatterbox_fast.options import Options
+from chatterbox_fast.overrides import Override, apply_all, undo_all
 from chatterbox_fast.s3gen import runner
 from chatterbox_fast.s3gen.encoder import encode
-from chatterbox_fast.s3gen.engine import FlowEngine
+from chatterbox_fast.s3gen.engine import FlowEngine, VocoderEngine
 from chatterbox_fast.s3gen.site import flow_site, vocoder_site
-from chatterbox_fast.s3gen.vocoder import pack_vocoder
 from chatterbox_fast.testing import random_s3gen
 
-STAGES = ("encoder", "solver", "vocoder", "total")
+STAGES = ("encoder", "solver", "flow", "vocoder", "total")
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "stock": None,
+    "stock, compiled": None,
+    "exact": {"precision": "exact"},
+    "exact, compiled": {"precision": "exact", "compile": True},
+    "bf16": {"precision": "bf16"},
+    "bf16, compiled": {"precision": "bf16", "compile": True},
+}
+"""What patch() is given; None is stock."""
 TOKENS_PER_SECOND, FRAMES_PER_TOKEN = 25, 2
 Call = Callable[[], Any]
 
@@ -88,7 +98,6 @@ class Utterance:
         self.prompt = torch.zeros_like(self.mu)
         self.prompt[:, : self.known] = self.voice["prompt_feat"]
         self.mask = self.mu.new_ones(1, 1, self.mu.shape[1])
-        self.engine, self.vocoder = FlowEngine(flow), pack_vocoder(s3gen.mel2wav)
 
     def stock_encoder(self) -> Tensor:
         flow = self.s3gen.flow
@@ -110,22 +119,15 @@ class Utterance:
         wave: Tensor = self.s3gen.mel2wav.inference(self.mel)[0]
         return wave
 
-    def our_encoder(self) -> Tensor:
-        return encode(self.engine.encoder, self.all_tokens)
-
-    def our_solver(self) -> Tensor:
-        noise = self.mu.new_empty(self.mu.mT.shape).normal_()
-        return runner.solve_from(
-            self.engine, self.mu, self.speaker, self.prompt, noise, self.n_timesteps
+    def flow(self) -> Tensor:
+        mel, _ = self.s3gen.flow.inference(
+            token=self.tokens,
+            token_len=self.lengths - self.voice["prompt_token_len"],
+            finalize=True,
+            n_timesteps=self.n_timesteps,
+            **self.voice,
         )
-
-    def our_vocoder(self) -> Tensor:
-        mel = runner.read_mel(self.vocoder, {"speech_feat": self.mel})
-        assert mel is not None
-        nothing = mel.new_zeros(1, 1, 0)
-        return runner.vocoder_inference(
-            self.vocoder, mel, nothing, generator=None, cpu_generator=None
-        )[0]
+        return mel  # type: ignore[no-any-return]
 
     def total(self) -> Tensor:
         wave, _ = self.s3gen.inference(
@@ -133,64 +135,103 @@ class Utterance:
         )
         return wave  # type: ignore[no-any-return]
 
-    def calls(self) -> dict[str, dict[str, tuple[Call, AbstractContextManager[Any]]]]:
-        """Stage -> variant -> the call, and what must be around it."""
-        stock: AbstractContextManager[Any] = nullcontext()
+    def calls(self, variant: str) -> dict[str, Call]:
+        """Stage -> the call, for a variant that `Variant.around` is around."""
+        stages = {"flow": self.flow, "total": self.total}
+        if VARIANTS[variant] is None:
+            return {
+                "encoder": self.stock_encoder,
+                "solver": self.stock_solver,
+                "vocoder": self.stock_vocoder,
+                **stages,
+            }
+        options = Options.of(**VARIANTS[variant])
+        flow = FlowEngine(self.s3gen.flow, options)
+        vocoder = VocoderEngine(self.s3gen.mel2wav, options)
+
+        def solver() -> Tensor:
+            noise = self.mu.new_empty(self.mu.mT.shape).normal_().mT.contiguous()
+            return flow.solve(self.mu, self.speaker, self.prompt, noise, self.n_timesteps)
+
+        def vocode() -> Tensor:
+            mel = runner.read_mel(vocoder, {"speech_feat": self.mel})
+            assert mel is not None
+            nothing = mel.new_zeros(1, 1, 0)
+            return runner.vocoder_inference(
+                vocoder, mel, nothing, generator=None, cpu_generator=None
+            )[0]
+
         return {
-            "encoder": {"stock": (self.stock_encoder, stock), "ours": (self.our_encoder, stock)},
-            "solver": {"stock": (self.stock_solver, stock), "ours": (self.our_solver, stock)},
-            "vocoder": {"stock": (self.stock_vocoder, stock), "ours": (self.our_vocoder, stock)},
-            "total": {"stock": (self.total, stock), "ours": (self.total, Patched(self.s3gen))},
+            "encoder": lambda: encode(flow.encoder, self.all_tokens),
+            "solver": solver,
+            "vocoder": vocode,
+            **stages,
         }
 
 
-class Patched(AbstractContextManager[None]):
-    """S3Gen as patch() leaves it; what was packed is kept from one time to the next."""
+class Variant:
+    """S3Gen as a variant has it, with what was packed or compiled kept between the rounds."""
 
-    def __init__(self, s3gen: Any) -> None:
-        self.changes = [*flow_site(s3gen).changes(), *vocoder_site(s3gen).changes()]
+    def __init__(self, s3gen: Any, name: str) -> None:
+        options, self.changes = VARIANTS[name], []
+        if options is not None:
+            own = Options.of(**options)
+            sites = flow_site(s3gen, own), vocoder_site(s3gen, own)
+            self.changes = [change for site in sites for change in site.changes()]
+        elif name != "stock":
+            estimator, vocoder = s3gen.flow.decoder.estimator, s3gen.mel2wav
+            self.changes = [
+                Override(estimator, "forward", torch.compile(estimator.forward)),
+                Override(vocoder, "decode", torch.compile(vocoder.decode)),
+            ]
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """The variant, for the time of a call."""
         apply_all(self.changes)
-
-    def __exit__(self, *error: object) -> None:
-        undo_all(self.changes)
-
-
-def verify(utterance: Utterance, stages: list[str]) -> dict[str, float]:
-    """The relative difference of ours from stock's, after the same seed."""
-    found = {}
-    for stage, variants in utterance.calls().items():
-        if stage not in stages:
-            continue
-        outputs = []
-        for call, around in variants.values():
-            torch.manual_seed(0)
-            with around, torch.inference_mode():
-                outputs.append(call())
-        stock, ours = outputs
-        found[stage] = float((ours - stock).norm() / stock.norm())
-    return found
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            undo_all(self.changes)
 
 
-def measure(
-    utterance: Utterance, stages: list[str], rounds: int
-) -> dict[tuple[str, str], list[float]]:
-    """Milliseconds of every stage and variant, in turn: what disturbs one disturbs the other."""
-    samples: dict[tuple[str, str], list[float]] = {}
-    calls = utterance.calls()
-    device = utterance.mu.device
-    with torch.inference_mode():
+class Bench:
+    """All variants of one utterance."""
+
+    def __init__(self, utterance: Utterance, variants: list[str]) -> None:
+        self.device = utterance.mu.device
+        self.variants = {name: Variant(utterance.s3gen, name) for name in variants}
+        self.calls = {name: utterance.calls(name) for name in variants}
+
+    def differences(self, stages: list[str]) -> dict[str, dict[str, float]]:
+        """Variant -> stage -> the relative difference from stock's, after the same seed."""
+        found: dict[str, dict[str, float]] = {}
+        for stage in stages:
+            stock = self._output("stock", stage)
+            for name in self.variants:
+                ours = self._output(name, stage)
+                found.setdefault(name, {})[stage] = float((ours - stock).norm() / stock.norm())
+        return found
+
+    def _output(self, name: str, stage: str) -> Tensor:
+        torch.manual_seed(0)
+        with self.variants[name].around():
+            found: Tensor = self.calls[name][stage]()
+        return found
+
+    def measure(self, stages: list[str], rounds: int) -> dict[tuple[str, str], list[float]]:
+        """Milliseconds, variants in turn: what disturbs one disturbs the other."""
+        samples: dict[tuple[str, str], list[float]] = {}
         for stage in stages:
             for _ in range(rounds):
-                for variant, (call, around) in calls[stage].items():
-                    with ExitStack() as stack:
-                        stack.enter_context(around)
-                        start = _now(device)
-                        call()
-                        elapsed = _now(device) - start
-                    samples.setdefault((stage, variant), []).append(1e3 * elapsed)
-    return samples
+                for name, variant in self.variants.items():
+                    with variant.around():
+                        start = _now(self.device)
+                        self.calls[name][stage]()
+                        elapsed = _now(self.device) - start
+                    samples.setdefault((stage, name), []).append(1e3 * elapsed)
+        return samples
 
 
 def _now(device: torch.device) -> float:
@@ -208,13 +249,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for seconds in arguments.seconds:
         tokens = round(seconds * TOKENS_PER_SECOND)
         utterance = Utterance(s3gen, tokens, prompt, arguments.timesteps)
-        differences[f"{seconds:g}"] = verify(utterance, arguments.stages)  # it warms up, too
-        for (stage, variant), samples in measure(
-            utterance, arguments.stages, arguments.rounds
-        ).items():
+        bench = Bench(utterance, arguments.variants)
+        differences[f"{seconds:g}"] = bench.differences(arguments.stages)  # it warms up, too
+        samples = bench.measure(arguments.stages, arguments.rounds)
+        for (stage, variant), times in samples.items():
             result = Result(
                 stage, variant, seconds, arguments.prompt,
-                statistics.median(samples), min(samples), len(samples),
+                statistics.median(times), min(times), len(times),
             )  # fmt: skip
             print(result, flush=True)
             results.append(result)
@@ -231,14 +272,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="full")
     parser.add_argument("--seconds", type=float, nargs="+", default=[2, 5, 10, 20])
     parser.add_argument("--prompt", type=float, default=10, help="seconds of the voice's prompt")
     parser.add_argument("--timesteps", type=int, default=10, help="Euler steps")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    plain = [name for name in VARIANTS if cuda or name in ("stock", "exact")]
+    parser.add_argument("--variants", nargs="+", default=plain, choices=VARIANTS)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--json", type=Path)
     return parser
 

@@ -1,9 +1,9 @@
 """README's tables and their picture, rendered from the raw results: python -m bench.table [--check]
 
 A table stands between ``<!-- table: FILE -->`` and ``<!-- end -->``, FILE relative to
-bench/results: a `chatterbox-fast demo --json` file, one of ``bench/t3_decode.py --json`` or
-``bench/s3gen.py --json``, or one of ``pytest bench
---benchmark-json``, which is drawn as FILE.png too.
+bench/results: a `chatterbox-fast demo --json` file, one of bench/t3_decode.py, bench/s3gen.py or
+bench/end_to_end.py, or one of ``pytest bench --benchmark-json``. The last two are drawn as FILE.png
+too.
 """
 
 from __future__ import annotations
@@ -151,6 +151,50 @@ def s3gen_table(raw: dict[str, Any]) -> str:
     return "\n".join([*rows, "", conditions])
 
 
+PUBLISHED = {
+    "published by others, RTX 4090: stock": {5: 2.5, 10: 4.5, 15: 6.8},
+    "published by others, RTX 4090: optimised": {5: 0.8, 10: 1.4, 15: 2.1},
+}
+"""Seconds for so much audio, of another machine: beside ours, never divided by ours."""
+
+
+def end_to_end_table(raw: dict[str, Any]) -> str:
+    """The markdown table of a bench/end_to_end.py file: a row for each variant and stage."""
+    found: dict[str, dict[float, dict[str, Any]]] = {}
+    for result in raw["end_to_end"]:
+        found.setdefault(result["variant"], {})[result["seconds_of_audio"]] = result
+    lengths = sorted({result["seconds_of_audio"] for result in raw["end_to_end"]})
+    rows = [
+        "| variant | stage | " + " | ".join(f"{length:g} s" for length in lengths) + " |",
+        "|---" * (len(lengths) + 2) + "|",
+    ]
+    for variant, results in found.items():
+        for stage in results[lengths[0]]["stages"]:
+            cells = [_seconds(results[x], found["stock"][x], stage) for x in lengths]
+            rows.append(f"| {variant} | {stage} | {' | '.join(cells)} |")
+        factors = [f"{results[length]['real_time_factor']:.3f}" for length in lengths]
+        rows.append(f"| {variant} | real-time factor | {' | '.join(factors)} |")
+        if results[lengths[0]]["peak_bytes"] is not None:
+            peaks = [f"{results[length]['peak_bytes'] / 1e9:.2f} GB" for length in lengths]
+            rows.append(f"| {variant} | peak memory | {' | '.join(peaks)} |")
+    for name, seconds in PUBLISHED.items():
+        cells = [f"{seconds[x]:.1f} s" if x in seconds else "–" for x in lengths]
+        rows.append(f"| {name} | total | {' | '.join(cells)} |")
+    machine, rounds = raw["machine"], raw["end_to_end"][0]["rounds"]
+    conditions = (
+        "Text to so much audio with a voice prompt of 10 s, stock and patched in turn in one "
+        f"process, after a first utterance each; medians of {rounds}. {machine['device']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}, weights: {raw['weights']}, "
+        f"{raw['when'][:10]}, commit {raw['commit']}."
+    )
+    return "\n".join([*rows, "", conditions])
+
+
+def _seconds(result: dict[str, Any], stock: dict[str, Any], stage: str) -> str:
+    own, stocks = result["stages"][stage], stock["stages"][stage]
+    return f"{own:.2f} s" + (f" ({stocks / own:.2f}×)" if result is not stock and own else "")
+
+
 def by_case(raw: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """case -> implementation -> what `timing.measure` noted."""
     cases: dict[str, dict[str, dict[str, Any]]] = {}
@@ -158,6 +202,25 @@ def by_case(raw: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
         info = benchmark["extra_info"]
         cases.setdefault(f"{info['case']}, {info['device']}", {})[info["implementation"]] = info
     return cases
+
+
+def draw_stages(raw: dict[str, Any], path: Path) -> None:
+    """A bar for each variant, made of its stages, for every length."""
+    from matplotlib import pyplot
+
+    results = raw["end_to_end"]
+    figure, axes = pyplot.subplots(figsize=(1 + 0.9 * len(results), 3.5))
+    names = [f"{r['variant']}\n{r['seconds_of_audio']:g} s" for r in results]
+    below = [0.0] * len(results)
+    for stage in (stage for stage in results[0]["stages"] if stage != "total"):
+        heights = [result["stages"][stage] for result in results]
+        axes.bar(names, heights, bottom=below, label=stage)
+        below = [a + b for a, b in zip(below, heights, strict=True)]
+    axes.set_ylabel("seconds")
+    axes.tick_params(axis="x", labelsize=7)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
 def draw(raw: dict[str, Any], path: Path) -> None:
@@ -176,31 +239,44 @@ def draw(raw: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
+KINDS = {
+    "benchmarks": bench_table,
+    "t3_decode": t3_decode_table,
+    "s3gen": s3gen_table,
+    "end_to_end": end_to_end_table,
+}
+"""What marks a file of a kind -> its table; a demo's has none."""
+PAGES = ("README.md", "OPTIMIZATION_GUIDE.md")
+
+
 def render(text: str) -> str:
     """`text` with every table in it made anew."""
 
     def table(match: re.Match[str]) -> str:
         raw = json.loads((RESULTS / match.group(2)).read_text())
-        kinds = {"benchmarks": bench_table, "t3_decode": t3_decode_table, "s3gen": s3gen_table}
-        made = next((make for key, make in kinds.items() if key in raw), demo_table)(raw)
+        made = next((make for key, make in KINDS.items() if key in raw), demo_table)(raw)
         return f"{match.group(1)}{made}\n{match.group(3)}"
 
     return _TABLE.sub(table, text)
 
 
 def main(arguments: list[str]) -> int:
-    """Rewrites README.md and the pictures, or with --check says whether README is up to date."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    fresh = render(text)
-    if "--check" in arguments:
-        return int(fresh != text)
-    readme.write_text(fresh)
-    for name in (match.group(2) for match in _TABLE.finditer(text)):
-        raw = json.loads((RESULTS / name).read_text())
-        if "benchmarks" in raw:
-            draw(raw, RESULTS / f"{name}.png")
-    return 0
+    """Rewrites the tables and pictures, or with --check says whether the pages are up to date."""
+    stale = False
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        fresh = render(text)
+        stale |= fresh != text
+        if "--check" in arguments:
+            continue
+        (ROOT / page).write_text(fresh)
+        for name in (match.group(2) for match in _TABLE.finditer(text)):
+            raw = json.loads((RESULTS / name).read_text())
+            if "benchmarks" in raw:
+                draw(raw, RESULTS / f"{name}.png")
+            elif "end_to_end" in raw:
+                draw_stages(raw, RESULTS / f"{name}.png")
+    return int("--check" in arguments and stale)
 
 
 if __name__ == "__main__":

@@ -56,9 +56,9 @@ def compare(model: Any, text: str, voice: str | Path, seed: int) -> tuple[Run, R
     first calls.
     """
     for _ in range(2):
-        stock = _speak(model, lambda: _after_seed(model, text, voice, seed))
+        stock = speak(model, lambda: _after_seed(model, text, voice, seed))
         with patched(model, progress=True):
-            fast = _speak(model, lambda: model.generate(text, audio_prompt_path=voice, seed=seed))
+            fast = speak(model, lambda: model.generate(text, audio_prompt_path=voice, seed=seed))
     return stock, fast
 
 
@@ -68,7 +68,8 @@ def _after_seed(model: Any, text: str, voice: str | Path, seed: int) -> Tensor:
     return wav
 
 
-def _speak(model: Any, call: Callable[[], Tensor]) -> Run:
+def speak(model: Any, call: Callable[[], Tensor]) -> Run:
+    """The utterance that `call` has `model` make, and the time that each stage of it takes."""
     run = Run()
     with _measured(model, run):
         start = _now(model)

@@ -32,6 +32,28 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
+def fingerprint(root: nn.Module) -> tuple[Any, ...]:
+    """Changes when anything is set on a module in `root`, hooked to it or written to a parameter.
+
+    That is: parameters and buffers replaced, moved or written to as `signature` sees it, attributes
+    set, hooks added, modules exchanged. What changes inside of an attribute does not show.
+    """
+    found: list[Any] = []
+    modules = [root]
+    while modules:
+        own = vars(modules.pop())
+        # A number's address may be another's after two changes; a module's or a dict's is not.
+        found.extend(v if isinstance(v, (int, float, str)) else id(v) for v in own.values())
+        for tensors in (own["_parameters"], own["_buffers"]):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    version = 0 if tensor.is_inference() else tensor._version
+                    found += (tensor.data_ptr(), tensor.device, tensor.dtype, version)
+        found += (*own["_forward_hooks"], *own["_forward_pre_hooks"])
+        modules.extend(module for module in own["_modules"].values() if module is not None)
+    return tuple(found)
+
+
 def why_not_called(roots: Iterable[nn.Module]) -> str | None:
     """Hooks, and forwards that somebody put on an instance, which an engine would not call."""
     for root in roots:

@@ -50,6 +50,26 @@ def choose_precision(options: Options, device: torch.device, own: torch.dtype) -
     return Precise(wanted, DTYPES.get(wanted, own), kernel, attention, why)
 
 
+def choose_float(
+    options: Options, device: torch.device, own: torch.dtype
+) -> tuple[str, torch.dtype, str]:
+    """What S3Gen's matrices are stored in: the precision's name, its dtype, and why.
+
+    Args:
+        own: the dtype of the model's weights.
+    """
+    wanted, why = str(options.precision), "asked for"
+    if device.type != "cuda":
+        return "exact", own, "a CPU is fastest in float32" if wanted != "exact" else why
+    if wanted in ("auto", "int8"):
+        auto, why = _auto(device)
+        why = why if wanted == "auto" else "int8 is T3's alone"
+        wanted = auto
+    if wanted != "exact" and own != torch.float32:
+        return "exact", own, f"{wanted} needs float32 weights to start from, these are {own}"
+    return wanted, DTYPES.get(wanted, own), why
+
+
 @functools.cache
 def _failed_self_test(backend: str, device: torch.device) -> str | None:
     """Whether skinny_linear computes what its reference does on this very machine; once a process.

@@ -364,3 +364,12 @@ def _dots(x: Tensor, start: Tensor, filters: Tensor) -> Tensor:
     """``(R, N)``: of each row of x with N filters ``(N, K)``, from N starts on."""
     reach = torch.arange(filters.shape[1], device=x.device)
     return (x[:, start[:, None] + reach] * filters).sum(dim=-1)
+
+
+def padded_attention(qkv: Tensor, lengths: Tensor, heads: int) -> Tensor:
+    """Temporary."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    real = torch.arange(qkv.shape[1], device=qkv.device) < lengths[:, None]
+    v = v.masked_fill(~real[:, None, :, None], 0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None])
+    return out.transpose(1, 2).flatten(2).masked_fill(~real[..., None], 0)

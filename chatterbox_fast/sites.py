@@ -36,8 +36,8 @@ def sites_of(model: Any, options: Options) -> list[Site]:
     sites = [Site("generate", model, "generate", make, lambda: [generate])]
     if hasattr(model, "t3") and not getattr(model.t3, "is_gpt", False):
         sites.append(t3_site(model.t3, options))
-    s3gen = model.s3gen
-    return [*sites, embed_ref_site(s3gen, options), flow_site(s3gen), vocoder_site(s3gen)]
+    makers = embed_ref_site, flow_site, vocoder_site
+    return [*sites, *(make(model.s3gen, options) for make in makers)]
 
 
 def describe_rest(model: Any, options: Options) -> list[Row]:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chatterbox_fast.options import Options
 from chatterbox_fast.overrides import apply_all, undo_all
 from chatterbox_fast.s3gen.site import flow_site, vocoder_site
+from chatterbox_fast.site import Row
 from chatterbox_fast.testing import random_s3gen
 
 VOCABULARY = 6561
@@ -66,8 +68,14 @@ def relative(found: Tensor, expected: Tensor) -> float:
 class Engine:
     """Within this context, `s3gen` runs on the engine; else it is stock's."""
 
-    def __init__(self, s3gen: Any) -> None:
-        self.changes = [*flow_site(s3gen).changes(), *vocoder_site(s3gen).changes()]
+    def __init__(self, s3gen: Any, **options: Any) -> None:
+        own = Options.of(**options)
+        self.sites = [flow_site(s3gen, own), vocoder_site(s3gen, own)]
+        self.changes = [change for site in self.sites for change in site.changes()]
+
+    def rows(self) -> list[Row]:
+        """What a report says."""
+        return [row for site in self.sites for row in site.describe()]
 
     def __enter__(self) -> None:
         apply_all(self.changes)

@@ -6,20 +6,24 @@ import argparse
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import bench_cfg_sample
 import bench_resample
+import end_to_end
 import pytest
 import s3gen as s3gen_bench
+import soundfile
 import t3_decode
 import table
 import timing
 import torch
 from test_cfg_sample import FakeGenerator
 
-from chatterbox_fast.testing import random_s3gen
+from chatterbox_fast.s3gen.encoder import encode
+from chatterbox_fast.testing import random_model, random_s3gen
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -225,22 +229,26 @@ def test_the_decode_bench_measures_and_renders() -> None:
 # ---- S3Gen
 
 
+S3GEN = "--size tiny --prompt 0.2 --timesteps 2 --rounds 2 --device cpu --seconds "
+
+
 def test_s3gens_stages_are_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is timed as ours gives what is timed as stock; the raw figures name their conditions."""
     monkeypatch.setattr(s3gen_bench, "random_s3gen", functools.cache(random_s3gen))
-    line = "--size tiny --seconds 0.2 0.4 --prompt 0.2 --timesteps 2 --rounds 2 --device cpu"
-    raw = s3gen_bench.run(s3gen_bench.parser().parse_args(line.split()))
+    raw = s3gen_bench.run(s3gen_bench.parser().parse_args([*S3GEN.split(), "0.2", "0.4"]))
     assert raw["timesteps"] == 2
     assert set(raw["difference"]) == {"0.2", "0.4"}
     for found in raw["difference"].values():
-        assert set(found) == set(s3gen_bench.STAGES)
-        assert all(0 < difference < 1e-4 for difference in found.values()), found
+        assert set(found) == {"stock", "exact"}
+        assert set(found["exact"]) == set(s3gen_bench.STAGES)
+        assert set(found["stock"].values()) == {0.0}
+        assert all(0 < difference < 1e-4 for difference in found["exact"].values()), found
     kinds = [(each["seconds_of_audio"], each["stage"], each["variant"]) for each in raw["s3gen"]]
     assert kinds == [
         (seconds, stage, variant)
         for seconds in (0.2, 0.4)
         for stage in s3gen_bench.STAGES
-        for variant in ("stock", "ours")
+        for variant in ("stock", "exact")
     ]
     assert all(0 < each["least_ms"] <= each["median_ms"] for each in raw["s3gen"])
     for each in raw["s3gen"]:
@@ -248,14 +256,53 @@ def test_s3gens_stages_are_the_same_work(monkeypatch: pytest.MonkeyPatch) -> Non
     head, _, stock, ours, *_ = lines = table.s3gen_table(raw).splitlines()
     assert head == "| stage | variant | 0.2 s | 0.4 s |"
     assert stock == "| encoder | stock | 3.00 s (1.00×) | 3.00 s (1.00×) |"
-    assert ours == "| encoder | ours | 0.40 s (7.50×) | 0.80 s (3.75×) |"
+    assert ours == "| encoder | exact | 0.40 s (7.50×) | 0.80 s (3.75×) |"
     assert len(lines) == 2 + 2 * len(s3gen_bench.STAGES) + 2
     assert "a prompt of 0.2 s and 2 Euler steps. " in lines[-1]
+    monkeypatch.setattr(
+        s3gen_bench, "encode", lambda weights, tokens: 1.01 * encode(weights, tokens)
+    )
+    line = [*S3GEN.split(), "0.2", "--stages", "encoder"]
+    raw = s3gen_bench.run(s3gen_bench.parser().parse_args(line))
+    assert raw["difference"]["0.2"]["exact"]["encoder"] > 5e-3, "other work is seen"
 
-    def louder(self: s3gen_bench.Utterance) -> torch.Tensor:
-        return 1.01 * s3gen_bench.encode(self.engine.encoder, self.all_tokens)
 
-    monkeypatch.setattr(s3gen_bench.Utterance, "our_encoder", louder)
-    line = "--size tiny --seconds 0.2 --prompt 0.2 --stages encoder --rounds 2 --device cpu"
-    raw = s3gen_bench.run(s3gen_bench.parser().parse_args(line.split()))
-    assert raw["difference"]["0.2"]["encoder"] > 5e-3, "other work is seen"
+# ---- text to audio
+
+
+def test_end_to_end_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+
+    def model(*arguments: Any, **settings: Any) -> Any:
+        models.append(random_model(*arguments, **settings))
+        return models[-1]
+
+    monkeypatch.setattr(end_to_end, "random_model", model)
+    line = "--size tiny --seconds 0.4 --variants stock exact int8 --device cpu"
+    raw = end_to_end.run(end_to_end.parser().parse_args(line.split()))
+    assert "generate" not in vars(models[0]), "not patched any more"
+    assert [each["variant"] for each in raw["end_to_end"]] == ["stock", "exact", "int8"]
+    for each in raw["end_to_end"]:
+        assert each["tokens"] in (10, 11)
+        assert each["audio_seconds"] == pytest.approx(0.4, abs=0.05)
+        assert each["real_time_factor"] == each["stages"]["total"] / each["audio_seconds"]
+        assert all(seconds > 0 for seconds in each["stages"].values())
+        assert each["peak_bytes"] is None
+        for stage in each["stages"]:
+            each["stages"][stage] = 2.0 if each["variant"] == "stock" else 0.5
+        each["real_time_factor"] = 0.25
+    lines = table.end_to_end_table(raw).splitlines()
+    assert lines[0] == "| variant | stage | 0.4 s |"
+    assert "| stock | t3 | 2.00 s |" in lines
+    assert "| exact | total | 0.50 s (4.00×) |" in lines
+    assert "| int8 | real-time factor | 0.250 |" in lines
+    assert "| published by others, RTX 4090: stock | total | – |" in lines
+    raw["end_to_end"] = [each | {"seconds_of_audio": 10.0} for each in raw["end_to_end"]]
+    published = "| published by others, RTX 4090: optimised | total | 1.4 s |"
+    assert published in table.end_to_end_table(raw).splitlines()
+
+
+def test_the_voice_lasts_ten_seconds(tmp_path: Path) -> None:
+    wave, rate = soundfile.read(end_to_end.ten_seconds(tmp_path))
+    assert len(wave) == 10 * rate
+    assert abs(wave[-rate:]).max() > 0.01

@@ -262,10 +262,11 @@ def test_the_report_says_what_has_no_engine(english: Any) -> None:
         assert engine.runs == "engine, exact"
         assert engine.backend == "cpu, compiled"
         assert engine.why == "a CPU gains nothing from fp16; graphs are a GPU's"
-        for site in ("s3gen.flow", "s3gen.vocoder"):
-            assert tuple(row(english, site))[1:] == (
-                "engine, exact", "cpu, eager", "S3Gen has no other precision yet"
-            )  # fmt: skip
+        flow, vocoder = row(english, "s3gen.flow"), row(english, "s3gen.vocoder")
+        assert flow[1:] == (
+            "engine, exact", "cpu, compiled", "a CPU is fastest in float32; graphs are a GPU's"
+        )  # fmt: skip
+        assert vocoder[1:] == ("engine, exact", "cpu, compiled", "a CPU is fastest in float32")
         assert row(english, "watermark").runs == "none"
         for op in dispatch.OPS:
             assert row(english, f"  {op}")[2:] == ("extension", "compiled for cpu")

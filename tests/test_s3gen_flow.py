@@ -13,7 +13,8 @@ from chatterbox.models.s3gen import decoder as stock_decoder
 from s3gen_toolkit import Engine, relative, rough_s3gen, seeded, utterance
 from torch import Tensor, nn
 
-from chatterbox_fast.s3gen.engine import TABLES, Engines, FlowEngine, flow_signature
+from chatterbox_fast.options import Options
+from chatterbox_fast.s3gen.engine import TABLES, Engines, FlowEngine
 from chatterbox_fast.s3gen.support import why_flow_unsupported
 
 
@@ -170,8 +171,6 @@ def test_what_is_not_stocks_is_left_to_stock() -> None:
     flow.train()
     assert reason() == "the module is in training mode"
     flow.eval()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert reason() == "torch.autocast is on"
     handle = block.norm1.register_forward_hook(lambda *_: None)
     assert reason() == f"{path} has a forward hook, which would not be called"
     handle.remove()
@@ -206,9 +205,42 @@ def test_training_runs_stock(s3gen: Any) -> None:
         s3gen.flow.eval()
 
 
+def test_autocast_runs_stock(s3gen: Any) -> None:
+    engine = Engine(s3gen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert engine.rows()[0].why == "torch.autocast is on"
+    assert engine.rows()[0].runs == "engine, exact"
+
+
+def flow_engines() -> Engines[FlowEngine]:
+    return Engines(FlowEngine, why_flow_unsupported, Options())
+
+
+def test_a_kept_engine_goes_with_any_change() -> None:
+    """Whatever `why_flow_unsupported` may object to is seen at the next call, also in turn."""
+    flow = rough_s3gen().flow
+    engines, attention = flow_engines(), flow.decoder.estimator.mid_blocks[0][1][0].attn1
+    first = engines.of(flow)
+    assert isinstance(first, FlowEngine)
+    for scale in (1.0, 0.5, 2.0):
+        attention.scale = scale
+        assert engines.of(flow) == f"attention scales by {scale}, not 0.125"
+    attention.scale = 0.125
+    handle = attention.register_forward_hook(lambda *_: None)
+    assert "hook" in str(engines.of(flow))
+    handle.remove()
+    attention.to_q.train()
+    second = engines.of(flow)
+    assert isinstance(second, FlowEngine)
+    assert second is not first
+    attention.to_q = torch.nn.Identity()
+    assert "Identity" in str(engines.of(flow))
+
+
 def test_engines_are_kept_as_long_as_weights(s3gen: Any) -> None:
-    engines = Engines(FlowEngine, flow_signature)
+    engines = flow_engines()
     first = engines.of(s3gen.flow)
+    assert isinstance(first, FlowEngine)
     assert engines.of(s3gen.flow) is first
     table = first.table(10)
     assert first.table(10) is table

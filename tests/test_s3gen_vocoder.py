@@ -11,7 +11,8 @@ from s3gen_toolkit import Engine, relative, rough_s3gen, seeded
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from chatterbox_fast.s3gen.engine import Engines
+from chatterbox_fast.options import Options
+from chatterbox_fast.s3gen.engine import Engines, VocoderEngine
 from chatterbox_fast.s3gen.support import why_vocoder_unsupported
 from chatterbox_fast.s3gen.vocoder import VocoderWeights, decode, istft, pack_vocoder, stft
 
@@ -151,8 +152,9 @@ def test_what_is_not_stocks_is_left_to_stock(s3gen: Any) -> None:
 
 
 def test_one_set_of_weights_a_module(s3gen: Any) -> None:
-    engines = Engines(pack_vocoder)
+    engines = Engines(VocoderEngine, why_vocoder_unsupported, Options())
     first = engines.of(s3gen.mel2wav)
+    assert isinstance(first, VocoderEngine)
     assert engines.of(s3gen.mel2wav) is first
-    assert not first.conv_pre.weight.is_inference()
+    assert not first.weights.conv_pre.weight.is_inference()
     assert engines.of(copy.deepcopy(s3gen.mel2wav)) is not first

@@ -2,8 +2,8 @@
 
 The same numbers as stock's `UpsampleConformerEncoder` and the layers around it up to rounding:
 
-- without masks: every row is as long as the tensor (`runner` leaves the rest to stock). Whoever
-  pads must zero the pads before the lookahead, which reads three tokens further, and mask the keys;
+- without masks where a row is as long as the tensor; where a bucket pads it, its pads are zeroed
+  before the lookahead, which reads three tokens further, and no query sees their keys;
 - the relative positions of all layers are projected at once, and shifted by their strides alone;
 - a frame's two halves of the upsampling read three tokens, not five copies of them.
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layers import Linear, Norm, SequenceConv, full_conv, linear, merged, norm
+from .layers import Linear, Norm, SequenceConv, full_conv, in_dtype, linear, merged, norm
 
 
 class Layer(NamedTuple):
@@ -39,15 +39,22 @@ class Layer(NamedTuple):
     up: Linear
     down: Linear
 
-    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
-        """``(B, T, C)``, as x; positions ``(2 T - 1, C)`` have attention's scale in them."""
-        x = self.out.added_to(x, self._attention(self.qkv(self.norm(x)), positions))
+    def __call__(self, x: Tensor, positions: Tensor, pads: Tensor | None) -> Tensor:
+        """``(B, T, C)``, as x.
+
+        Args:
+            positions: ``(2 T - 1, C)``, with attention's scale in them.
+            pads: ``(B, T)`` bool, which keys are none; None: all are.
+        """
+        x = self.out.added_to(x, self._attention(self.qkv(self.norm(x)), positions, pads))
         return self.down.added_to(x, self.up.silu(self.ff_norm(x)))
 
-    def _attention(self, qkv: Tensor, positions: Tensor) -> Tensor:
+    def _attention(self, qkv: Tensor, positions: Tensor, pads: Tensor | None) -> Tensor:
         q, k, v = (self._split(part) for part in qkv.chunk(3, dim=-1))
-        with_v = self._split(qkv[..., : len(self.u_to_v)] + self.u_to_v)
+        with_v = self._split(qkv[..., : len(self.u_to_v)] + self.u_to_v.to(qkv.dtype))
         bias = by_distance(with_v @ self._split(positions).mT)
+        if pads is not None:
+            bias = bias.masked_fill(pads[:, None, None], -torch.inf)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return mixed.transpose(1, 2).flatten(2)
 
@@ -82,12 +89,12 @@ class Stack(NamedTuple):
         """``(B, T, C)`` of ``(B, T, C')``."""
         return self.embed_norm(self.embed(x))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The layers' output ``(B, T, C)``."""
+    def __call__(self, x: Tensor, pads: Tensor | None) -> Tensor:
+        """The layers' output ``(B, T, C)``; `pads` as each takes them."""
         length, middle = x.shape[1], len(self.positions) // 2
         positions = self.project(self.positions[middle - length + 1 : middle + length])
         for layer, own in zip(self.layers, positions.chunk(len(self.layers), dim=-1), strict=True):
-            x = layer(x, own)
+            x = layer(x, own, pads)
         return x
 
 
@@ -109,12 +116,16 @@ class EncoderWeights(NamedTuple):
         return min((len(self.before.positions) + 1) // 2, (len(self.after.positions) + 1) // 4)
 
 
-def pack_encoder(flow: Any) -> EncoderWeights:
-    """The weights of a flow's encoder that `why_flow_unsupported` has nothing against."""
+def pack_encoder(flow: Any, dtype: torch.dtype | None = None) -> EncoderWeights:
+    """The weights of a flow's encoder that `why_flow_unsupported` has nothing against.
+
+    Args:
+        dtype: of the matrices; None is the model's own.
+    """
     encoder = flow.encoder
     ahead = encoder.pre_lookahead_layer
     upsample = encoder.up_layer.conv
-    return EncoderWeights(
+    weights = EncoderWeights(
         tokens=flow.input_embedding.weight.detach(),
         ahead=full_conv(ahead.conv1.weight, ahead.conv1.bias),
         behind=full_conv(ahead.conv2.weight, ahead.conv2.bias),
@@ -124,6 +135,7 @@ def pack_encoder(flow: Any) -> EncoderWeights:
         norm=norm(encoder.after_norm),
         project=linear(flow.encoder_proj),
     )
+    return weights if dtype is None else in_dtype(weights, dtype)
 
 
 def _both_halves(weight: Tensor) -> Tensor:
@@ -166,13 +178,22 @@ def _layer(module: Any) -> Layer:
     )
 
 
-def encode(weights: EncoderWeights, tokens: Tensor) -> Tensor:
-    """What the flow is conditioned on, ``(B, 2 N, 80)``, of tokens ``(B, N)`` int64."""
-    length = tokens.shape[1]
+def encode(weights: EncoderWeights, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """What the flow is conditioned on, ``(B, 2 N, 80)``, of tokens ``(B, N)`` int64.
+
+    Args:
+        lengths: ``(B,)`` integers, how many of a row's tokens there are; None is all. What is
+            returned for the others means nothing, and is finite.
+    """
+    length, pads, late_pads = tokens.shape[1], None, None
     x = weights.before.embedded(F.embedding(tokens, weights.tokens))
+    if lengths is not None:
+        pads = torch.arange(length, device=tokens.device) >= lengths[:, None]
+        late_pads = pads.repeat_interleave(2, dim=1)
+        x = x.masked_fill(pads[..., None], 0)
     seen = F.leaky_relu(weights.ahead(x)[:, -length:], inplace=True)
     x = weights.behind(seen)[:, :length] + x
-    x = weights.upsample(weights.before(x))[:, :length]
+    x = weights.upsample(weights.before(x, pads))[:, :length]
     x = x.unflatten(-1, (2, -1)).flatten(1, 2)
-    x = weights.after(weights.after.embedded(x))
-    return weights.project(weights.norm(x))
+    x = weights.after(weights.after.embedded(x), late_pads)
+    return weights.project(weights.norm(x)).to(weights.tokens.dtype)

@@ -1,4 +1,4 @@
-"""What the patched model keeps between requests for one S3Gen: packed weights, tables."""
+"""What the patched model keeps between requests for one S3Gen: packed weights, tables, graphs."""
 
 from __future__ import annotations
 
@@ -8,45 +8,133 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from ..modules import signature
+from ..compiling import compiled
+from ..dispatch import requested_backend
+from ..graph import CaptureError, capture, graphs_wanted, settle, why_no_graph
+from ..modules import fingerprint
+from ..options import Options
+from ..precision import choose_float
 from ..recent import Recent
-from .encoder import pack_encoder
-from .flow import TimeTable, pack_flow, time_table
+from .bucket import Bucket, Flow, bucket_for
+from .encoder import encode, pack_encoder
+from .flow import EAGER, TimeTable, compiled_blocks, condition, pack_flow, solve, time_table
+from .layers import without_onednn
+from .vocoder import pack_vocoder, res_block
 
 TABLES = 4
 """Numbers of Euler steps whose tables are kept."""
+BUCKETS = 8
+"""Captured sizes that are kept; what they compute on the way they share."""
 
 
 class FlowEngine:
-    """The flow of one S3Gen. Immutable but for its tables; threads share it.
+    """The flow of one S3Gen, tokens to mel. Immutable but for its caches; threads share it.
 
     Attributes:
-        encoder: the encoder's weights.
-        solver: the flow solver's weights.
+        precision, why: what the matrices are stored in, and why.
+        encoder, solver: the weights.
+        blocks: what runs the estimator's blocks, eager or compiled.
+        eager_because: why nothing is captured in a CUDA graph; None where it is.
     """
 
-    def __init__(self, flow: Any) -> None:
-        self.encoder = pack_encoder(flow)
-        self.solver = pack_flow(flow.decoder)
+    def __init__(self, flow: Any, options: Options) -> None:
+        weight = flow.encoder_proj.weight
+        self.device: torch.device = weight.device
+        self.precision, dtype, self.why = choose_float(options, self.device, weight.dtype)
+        narrow = None if dtype == weight.dtype else dtype
+        self.encoder = pack_encoder(flow, narrow)
+        self.solver = pack_flow(flow.decoder, narrow)
+        if options.compile:
+            self.solver = without_onednn(self.solver)
+        self.blocks = compiled_blocks() if options.compile else EAGER
+        self.eager_because = why_no_graph(self.device)
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self._decoder = flow.decoder
         self._tables: Recent[int, TimeTable] = Recent(TABLES)
+        self._buckets: Recent[tuple[int, int], Bucket] = Recent(BUCKETS)
+        self._turn = Lock()
+        self._done: torch.cuda.Event | None = None
+        settle(self.device)
 
     def table(self, n_timesteps: int) -> TimeTable:
         """The time table of `n_timesteps` Euler steps."""
 
         def make() -> TimeTable:
             with torch.inference_mode(False), torch.no_grad():
-                return time_table(self._decoder, n_timesteps)
+                table = time_table(self._decoder, n_timesteps)
+            settle(self.device)
+            return table
 
         return self._tables.get(n_timesteps, make)
 
+    def mel(
+        self, tokens: Tensor, speaker: Tensor, prompt: Tensor, noise: Tensor, n_timesteps: int
+    ) -> Tensor:
+        """Mel ``(B, T, 80)``, where T is at most two frames a token.
 
-def flow_signature(flow: Any) -> tuple[Any, ...]:
-    """Changes when a parameter of the flow does, or what stock reads at every call."""
-    decoder = flow.decoder
-    constants = decoder.inference_cfg_rate, decoder.t_scheduler, decoder.estimator.meanflow
-    return (*signature(flow), *constants)
+        Args:
+            tokens: ``(B, N)`` int64.
+            speaker: ``(B, 80)``, projected.
+            prompt: ``(B, P, 80)``, the voice's mel, P <= T.
+            noise: ``(B, T, 80)``.
+            n_timesteps: Euler steps.
+        """
+        size = bucket_for(tokens.shape[1]) if len(tokens) == 1 else None
+        if self.eager_because is None and size is not None:
+            try:
+                return self._captured(size, n_timesteps, tokens, speaker, prompt, noise)
+            except torch.OutOfMemoryError:
+                self._buckets.clear()
+                torch.cuda.empty_cache()
+            except CaptureError as failure:
+                self.eager_because = str(failure)
+        frames = noise.shape[1]
+        mu = encode(self.encoder, tokens)[:, :frames]
+        prompt = F.pad(prompt, (0, 0, 0, frames - prompt.shape[1]))
+        return self.solve(mu, speaker, prompt, noise, n_timesteps)
+
+    def solve(
+        self, mu: Tensor, speaker: Tensor, prompt: Tensor, noise: Tensor, n_timesteps: int
+    ) -> Tensor:
+        """The solver alone; mu, speaker and prompt as `condition` takes them."""
+        given = condition(self.solver, mu, speaker, prompt)
+        return solve(self.solver, self.table(n_timesteps), given, noise, None, self.blocks)
+
+    def _captured(self, size: int, n_timesteps: int, *inputs: Tensor) -> Tensor:
+        """The mel by a graph. One at a time: they share the memory of what they compute."""
+
+        def make() -> Bucket:
+            settle(self.device)  # what is forgotten in its favour may still run
+            flow = Flow(self.encoder, self.solver, self.table(n_timesteps), self.blocks)
+            return Bucket(flow, size, lambda step: capture(step, self.device, self._pool))
+
+        with self._turn:
+            if self._done is not None:
+                self._done.wait()
+            mel = self._buckets.get((size, n_timesteps), make).mel(*inputs)
+            if mel.is_cuda:
+                self._done = torch.cuda.current_stream(self.device).record_event()
+        return mel
+
+
+class VocoderEngine:
+    """The vocoder of one S3Gen, mel to audio. Immutable; threads share it.
+
+    Attributes:
+        precision, why: what the matrices are stored in, and why.
+        weights: the weights.
+        block: what runs a residual block, eager or compiled.
+    """
+
+    def __init__(self, mel2wav: Any, options: Options) -> None:
+        weight = mel2wav.conv_pre.weight
+        self.precision, dtype, self.why = choose_float(options, weight.device, weight.dtype)
+        self.weights = pack_vocoder(mel2wav, None if dtype == weight.dtype else dtype)
+        self.block = compiled(res_block) if options.compile else res_block
+        settle(weight.device)
 
 
 Engine = TypeVar("Engine")
@@ -59,22 +147,34 @@ class Engines(Generic[Engine]):
     """
 
     def __init__(
-        self, make: Callable[[Any], Engine], signature: Callable[[Any], tuple[Any, ...]] = signature
+        self,
+        make: Callable[[Any, Options], Engine],
+        why_unsupported: Callable[[Any], str | None],
+        options: Options,
     ) -> None:
-        self._make, self._signature = make, signature
+        self._make, self._why_unsupported = make, why_unsupported
+        self._options = options
         self._lock = Lock()
-        self._of: WeakKeyDictionary[Any, tuple[Any, Engine]] = WeakKeyDictionary()
+        self._of: WeakKeyDictionary[Any, tuple[Any, Engine | str]] = WeakKeyDictionary()
 
-    def of(self, module: Any) -> Engine:
-        """The engine of `module`; a new one where its weights have changed since the last call."""
+    def of(self, module: Any) -> Engine | str:
+        """The engine of `module`, or why stock must run.
+
+        Looked into anew where anything about the module has changed since the last call.
+        """
+        if torch.is_autocast_enabled(next(module.parameters()).device.type):
+            return "torch.autocast is on"
         with self._lock:
-            now = self._signature(module)
+            asked = requested_backend(self._options.backend), graphs_wanted()
+            now = asked, fingerprint(module)
             known = self._of.get(module)
             if known is not None and known[0] == now:
                 return known[1]
             self._of.pop(module, None)
-            # Not as inference tensors, which a caller outside of inference mode could not use.
-            with torch.inference_mode(False), torch.no_grad():
-                engine = self._make(module)
-            self._of[module] = (now, engine)
-            return engine
+            found: Engine | str | None = self._why_unsupported(module)
+            if found is None:
+                # Not as inference tensors, which a caller outside of inference mode could not use.
+                with torch.inference_mode(False), torch.no_grad():
+                    found = self._make(module, self._options)
+            self._of[module] = (now, found)
+            return found

@@ -2,7 +2,8 @@
 
 The same numbers as stock's `ConditionalDecoder` and `CausalConditionalCFM` up to rounding:
 
-- without masks: every row is as long as the tensor (`runner` leaves the rest to stock);
+- without masks where a row is as long as the tensor; where a bucket pads it, attention leaves out
+  the pads' keys (the convolutions are causal and see no pads);
 - what depends on the time alone (its embedding, and what each residual block makes of it) is a
   table: it is the same for every utterance;
 - what the first block makes of mu, speaker and prompt is computed once an utterance, and what it
@@ -13,13 +14,25 @@ Pure functions of tensors: no value is read on the host, so that a CUDA graph ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layers import Linear, Norm, SequenceConv, attention, full_conv, linear, merged, norm
+from ..compiling import compiled
+from .layers import (
+    Linear,
+    Norm,
+    SequenceConv,
+    attention,
+    full_conv,
+    in_dtype,
+    linear,
+    merged,
+    norm,
+)
 
 
 class Transformer(NamedTuple):
@@ -33,11 +46,6 @@ class Transformer(NamedTuple):
     up: Linear
     down: Linear
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``(R, T, C)``, as x."""
-        x = self.out.added_to(x, attention(self.qkv(self.norm(x)), self.heads))
-        return self.down.added_to(x, self.up.gelu(self.ff_norm(x)))
-
 
 class Resnet(NamedTuple):
     """Two causal convolutions, the time added between them, and a projection around them."""
@@ -48,15 +56,6 @@ class Resnet(NamedTuple):
     norm2: Norm
     around: Linear
 
-    def __call__(self, x: Tensor, shift: Tensor) -> Tensor:
-        """``(R, T, C')`` of x ``(R, T, C)`` and what the time adds, ``(C',)``."""
-        return self.around.added_to(self.inner(self.conv1(x), shift)[:, : x.shape[1]], x)
-
-    def inner(self, x: Tensor, shift: Tensor) -> Tensor:
-        """All after the first convolution but the projection; two rows longer than its output."""
-        x = F.mish(self.norm1(x), inplace=True).add_(shift)
-        return F.mish(self.norm2(self.conv2(x)), inplace=True)
-
 
 class Stage(NamedTuple):
     """A residual block and its transformers."""
@@ -64,15 +63,45 @@ class Stage(NamedTuple):
     resnet: Resnet
     transformers: tuple[Transformer, ...]
 
-    def __call__(self, x: Tensor, shift: Tensor) -> Tensor:
-        """``(R, T, C')`` of ``(R, T, C)``."""
-        return self.transform(self.resnet(x, shift))
 
-    def transform(self, x: Tensor) -> Tensor:
-        """The transformers alone."""
-        for block in self.transformers:
-            x = block(x)
-        return x
+def transformer(block: Transformer, x: Tensor, lengths: Tensor | None) -> Tensor:
+    """``(R, T, C)``, as x.
+
+    Args:
+        lengths: ``(R,)`` int32, how many of a row's frames there are; None is all.
+    """
+    x = block.out.added_to(x, attention(block.qkv(block.norm(x)), block.heads, lengths))
+    return block.down.added_to(x, block.up.gelu(block.ff_norm(x)))
+
+
+def resnet(block: Resnet, x: Tensor, shift: Tensor) -> Tensor:
+    """``(R, T, C')`` of x ``(R, T, C)`` and what the time adds, ``(C',)``."""
+    inner = after_first_conv(block, block.conv1(x), shift)
+    return block.around.added_to(inner[:, : x.shape[1]], x)
+
+
+def after_first_conv(block: Resnet, x: Tensor, shift: Tensor) -> Tensor:
+    """All of a residual block but its first convolution and its projection.
+
+    Two rows longer than the output of that.
+    """
+    x = F.mish(block.norm1(x), inplace=True).add_(shift)
+    return F.mish(block.norm2(block.conv2(x)), inplace=True)
+
+
+class Blocks(NamedTuple):
+    """The functions that an engine calls for each block: eager, or compiled."""
+
+    transformer: Callable[[Transformer, Tensor, Tensor | None], Tensor]
+    resnet: Callable[[Resnet, Tensor, Tensor], Tensor]
+
+
+EAGER = Blocks(transformer, resnet)
+
+
+def compiled_blocks() -> Blocks:
+    """Both functions under torch.compile: one graph for all blocks of a shape."""
+    return Blocks(compiled(transformer), compiled(resnet))
 
 
 class FlowWeights(NamedTuple):
@@ -99,11 +128,6 @@ class FlowWeights(NamedTuple):
     project: Linear
     guidance: float | None
 
-    @property
-    def channels(self) -> int:
-        """Mel bands."""
-        return self.project.weight.shape[0]
-
 
 class TimeTable(NamedTuple):
     """What depends on the number of steps alone.
@@ -129,8 +153,13 @@ class Given(NamedTuple):
     around: Tensor
 
 
-def pack_flow(decoder: Any) -> FlowWeights:
-    """The weights of a `CausalConditionalCFM` that `why_unsupported` has nothing against."""
+def pack_flow(decoder: Any, dtype: torch.dtype | None = None) -> FlowWeights:
+    """The weights of a `CausalConditionalCFM` that `why_flow_unsupported` has nothing against.
+
+    Args:
+        dtype: of the matrices; None is the model's own. What reads mu, prompt and noise stays in
+            that: nothing bounds those.
+    """
     estimator = decoder.estimator
     (down,), (up,) = estimator.down_blocks, estimator.up_blocks
     first, around = down[0].block1.block[0], down[0].res_conv
@@ -138,7 +167,7 @@ def pack_flow(decoder: Any) -> FlowWeights:
     half = around.weight.detach()[:, :, 0]
     given = Linear(half[:, x:].contiguous(), around.bias.detach(), False)
     final = estimator.final_block.block
-    return FlowWeights(
+    weights = FlowWeights(
         x_conv=full_conv(first.weight[:, :x], None),
         x_around=Linear(half[:, :x].contiguous(), None, False),
         given_conv=full_conv(first.weight[:, x:], first.bias),
@@ -153,6 +182,10 @@ def pack_flow(decoder: Any) -> FlowWeights:
         project=linear(estimator.final_proj),
         guidance=None if estimator.meanflow else float(decoder.inference_cfg_rate),
     )
+    if dtype is None:
+        return weights
+    first = ("x_conv", "x_around", "given_conv", "given_around")
+    return in_dtype(weights, dtype)._replace(**{name: getattr(weights, name) for name in first})
 
 
 def _stage(block: Any) -> Stage:
@@ -222,11 +255,23 @@ def condition(weights: FlowWeights, mu: Tensor, speaker: Tensor, prompt: Tensor)
     return Given(weights.given_conv(given), weights.given_around(given))
 
 
-def solve(weights: FlowWeights, table: TimeTable, given: Given, noise: Tensor) -> Tensor:
-    """Mel ``(B, T, 80)`` from noise ``(B, T, 80)``: one Euler step for each entry of `table`."""
+def solve(
+    weights: FlowWeights,
+    table: TimeTable,
+    given: Given,
+    noise: Tensor,
+    lengths: Tensor | None = None,
+    blocks: Blocks = EAGER,
+) -> Tensor:
+    """Mel ``(B, T, 80)`` from noise ``(B, T, 80)``: one Euler step for each entry of `table`.
+
+    Args:
+        lengths: ``(R,)`` int32, how many frames the rows of `given` have; None is all. What is
+            returned for the others means nothing.
+    """
     x = noise
     for shifts, step in zip(table.shifts, table.steps, strict=True):
-        velocity = estimate(weights, given, x, shifts)
+        velocity = estimate(weights, given, x, shifts, lengths, blocks)
         if weights.guidance is not None:
             conditional, unconditional = velocity.chunk(2)
             # (1 + g) c - g u, as one operation
@@ -235,19 +280,33 @@ def solve(weights: FlowWeights, table: TimeTable, given: Given, noise: Tensor) -
     return x
 
 
-def estimate(weights: FlowWeights, given: Given, x: Tensor, shifts: tuple[Tensor, ...]) -> Tensor:
+def estimate(
+    weights: FlowWeights,
+    given: Given,
+    x: Tensor,
+    shifts: tuple[Tensor, ...],
+    lengths: Tensor | None = None,
+    blocks: Blocks = EAGER,
+) -> Tensor:
     """The velocity ``(R, T, 80)`` at x ``(B, T, 80)``, one row for each of `given`."""
-    length = x.shape[1]
-    inner = weights.down.resnet.inner(_share(given.conv, weights.x_conv(x)), shifts[0])
+
+    def transformed(stage: Stage, x: Tensor) -> Tensor:
+        for block in stage.transformers:
+            x = blocks.transformer(block, x, lengths)
+        return x
+
+    length, first = x.shape[1], weights.down.resnet
+    inner = after_first_conv(first, _share(given.conv, weights.x_conv(x)), shifts[0])
     hidden = inner[:, :length] + _share(given.around, weights.x_around(x))
-    skip = weights.down.transform(hidden)
+    skip = transformed(weights.down, hidden)
     hidden = weights.down_conv(skip)[:, :length].contiguous()
     for stage, shift in zip(weights.middle, shifts[1:-1], strict=True):
-        hidden = stage(hidden, shift)
-    hidden = weights.up(torch.cat([hidden, skip], dim=-1), shifts[-1])
+        hidden = transformed(stage, blocks.resnet(stage.resnet, hidden, shift))
+    hidden = blocks.resnet(weights.up.resnet, torch.cat([hidden, skip], dim=-1), shifts[-1])
+    hidden = transformed(weights.up, hidden)
     hidden = weights.final_conv(weights.up_conv(hidden)[:, :length])
     hidden = F.mish(weights.final_norm(hidden), inplace=True)
-    return weights.project(hidden[:, :length].contiguous())
+    return weights.project(hidden[:, :length].contiguous()).to(x.dtype)
 
 
 def _share(rows: Tensor, x: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
 """The layers that encoder, estimator and vocoder are made of: weights, and how they are applied.
 
 Sequences are ``(B, T, C)``, channels last, so that no layer transposes what the next one reads.
+A layer whose matrix is in half precision takes its input to that, and its output is in that too;
+norms and what residuals are added to stay in float32 (or whatever the model's own dtype is).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .. import reference
 
 
 class Linear(NamedTuple):
@@ -29,7 +33,7 @@ class Linear(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias`` over the last dimension."""
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU (the exact one, by erf) of the output."""
@@ -44,12 +48,12 @@ class Linear(NamedTuple):
         return fused(x, self.weight, self.bias, name, [], algorithm)
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """``residual`` + the output; neither is changed."""
+        """``residual`` + the output, in the wider of their dtypes; neither is changed."""
         if self.onednn:
             return torch.ops.mkldnn._linear_pointwise.binary(
                 x, residual, self.weight, self.bias, "add"
             )
-        return self(x).add_(residual)
+        return residual + self(x)
 
 
 class Norm(NamedTuple):
@@ -60,8 +64,10 @@ class Norm(NamedTuple):
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The norm of ``(..., C)``."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        """The norm of ``(..., C)``, in the weight's dtype."""
+        return F.layer_norm(
+            x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, self.eps
+        )
 
 
 class SequenceConv(NamedTuple):
@@ -83,7 +89,7 @@ class SequenceConv(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """``(B, T', N)``."""
         out = F.conv2d(
-            _image(x), self.weight, self.bias,
+            _image(x.to(self.weight.dtype)), self.weight, self.bias,
             (1, self.stride), (0, self.padding), (1, self.dilation),
         )  # fmt: skip
         return _sequence(out)
@@ -100,8 +106,9 @@ class SequenceConvTranspose(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """``(B, stride T + K - stride - 2 padding, N)``."""
         out = F.conv_transpose2d(
-            _image(x), self.weight, self.bias, (1, self.stride), (0, self.padding)
-        )
+            _image(x.to(self.weight.dtype)), self.weight, self.bias,
+            (1, self.stride), (0, self.padding),
+        )  # fmt: skip
         return _sequence(out)
 
 
@@ -113,8 +120,60 @@ def _sequence(image: Tensor) -> Tensor:
     return image.squeeze(2).transpose(1, 2)
 
 
-def attention(qkv: Tensor, heads: int) -> Tensor:
-    """Full attention, ``(B, T, H D)``, over q, k and v side by side in ``(B, T, 3 H D)``."""
+Layers = TypeVar("Layers", bound=tuple[Any, ...])
+
+
+def each_layer(layers: Layers, change: Callable[[Any], Any]) -> Layers:
+    """The same structure with every layer that has a matrix changed; norms and tables stay."""
+    if isinstance(layers, (Linear, SequenceConv, SequenceConvTranspose)):
+        return change(layers)
+    parts = (each_layer(part, change) if isinstance(part, tuple) else part for part in layers)
+    return type(layers)(parts) if type(layers) is tuple else type(layers)(*parts)
+
+
+def in_dtype(layers: Layers, dtype: torch.dtype) -> Layers:
+    """The same layers with matrices and their biases in `dtype`."""
+
+    def narrow(layer: Any) -> Any:
+        layer = layer._replace(weight=layer.weight.to(dtype), bias=_to(layer.bias, dtype))
+        if isinstance(layer, Linear):  # oneDNN's fused layers are for float32
+            return layer._replace(onednn=layer.onednn and has_onednn(layer.weight))
+        return layer
+
+    return each_layer(layers, narrow)
+
+
+def without_onednn(layers: Layers) -> Layers:
+    """The same layers in plain torch, which torch.compile and fake tensors look into."""
+    return each_layer(
+        layers, lambda layer: layer._replace(onednn=False) if isinstance(layer, Linear) else layer
+    )
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def bytes_of(layers: tuple[Any, ...]) -> dict[int, int]:
+    """The storages of all tensors in `layers`: address -> bytes."""
+    found: dict[int, int] = {}
+    for part in layers:
+        if isinstance(part, Tensor):
+            storage = part.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(part, tuple):
+            found |= bytes_of(part)
+    return found
+
+
+def attention(qkv: Tensor, heads: int, lengths: Tensor | None = None) -> Tensor:
+    """Full attention, ``(B, T, H D)``, over q, k and v side by side in ``(B, T, 3 H D)``.
+
+    Args:
+        lengths: ``(B,)`` int32, how many keys each row has; None is all.
+    """
+    if lengths is not None:
+        return reference.padded_attention(qkv, lengths, heads)
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 

@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .encoder import encode
-from .engine import FlowEngine
-from .flow import condition, solve
+from .engine import FlowEngine, VocoderEngine
 from .vocoder import Draws, VocoderWeights, decode, f0, source
 
 
@@ -87,49 +85,34 @@ def flow_inference(
         noised_mels: ``(B, 80, M')``, takes the place of the last M' frames of noise (meanflow).
         generator: what the noise is drawn from; None is torch's global generator.
     """
-    mu = encode(engine.encoder, utterance.tokens)
+    rows, frames = len(utterance.tokens), flow.token_mel_ratio * utterance.tokens.shape[1]
     if finalize is False:
-        mu = mu[:, : -flow.pre_lookahead_len * flow.token_mel_ratio]
-    rows, frames, bands = mu.shape
-    known = utterance.prompt.shape[1]
-    if known > frames:
+        frames -= flow.token_mel_ratio * flow.pre_lookahead_len
+    prompt, bands = utterance.prompt, flow.output_size
+    if (known := prompt.shape[1]) > frames:
         raise ValueError(
             f"chatterbox_fast: prompt_feat must have at most the {frames} frames of all tokens' "
             f"mel, got {known}"
         )
+    speaker = flow.spk_embed_affine_layer(F.normalize(utterance.speaker, dim=1))
     # Stock's draw, in stock's order of dimensions.
-    noise = mu.new_empty(rows, bands, frames).normal_(generator=generator)
+    noise = speaker.new_empty(rows, bands, frames).normal_(generator=generator)
     if noised_mels is not None:
         noise[..., frames - noised_mels.shape[2] :] = noised_mels
-    prompt = F.pad(utterance.prompt.to(mu.dtype), (0, 0, 0, frames - known))
-    speaker = flow.spk_embed_affine_layer(F.normalize(utterance.speaker, dim=1))
-    mel = solve_from(engine, mu, speaker, prompt, noise, n_timesteps)
+    noise = noise.transpose(1, 2).contiguous()
+    mel = engine.mel(utterance.tokens, speaker, prompt.to(noise.dtype), noise, n_timesteps)
     return mel[:, known:].transpose(1, 2)
 
 
-def solve_from(
-    engine: FlowEngine,
-    mu: Tensor,
-    speaker: Tensor,
-    prompt: Tensor,
-    noise: Tensor,
-    n_timesteps: int,
-) -> Tensor:
-    """Mel ``(B, T, 80)`` from noise ``(B, 80, T)``; the rest as `condition` takes it."""
-    given = condition(engine.solver, mu, speaker, prompt)
-    table = engine.table(n_timesteps)
-    return solve(engine.solver, table, given, noise.transpose(1, 2).contiguous())
-
-
-def read_mel(vocoder: VocoderWeights, arguments: dict[str, Any]) -> Tensor | None:
+def read_mel(engine: VocoderEngine, arguments: dict[str, Any]) -> Tensor | None:
     """The mel of stock's ``mel2wav.inference`` as ``(B, T, 80)``; None where stock must run.
 
     Raises:
         ValueError: a mel without frames.
     """
     mel: Tensor = arguments["speech_feat"]
-    bands = vocoder.conv_pre.weight.shape[1]
-    if mel.ndim != 3 or mel.shape[1] != bands or mel.dtype != vocoder.conv_pre.weight.dtype:
+    first = engine.weights.f0_convs[0].weight
+    if mel.ndim != 3 or mel.shape[1] != first.shape[1] or mel.dtype != first.dtype:
         return None
     if mel.shape[2] == 0:
         raise ValueError(
@@ -140,7 +123,7 @@ def read_mel(vocoder: VocoderWeights, arguments: dict[str, Any]) -> Tensor | Non
 
 
 def vocoder_inference(
-    vocoder: VocoderWeights,
+    engine: VocoderEngine,
     mel: Tensor,
     cache_source: Tensor,
     *,
@@ -154,11 +137,12 @@ def vocoder_inference(
         generator: what the noise is drawn from; None is torch's global generator.
         cpu_generator: the same for the phase, which stock draws on the CPU.
     """
+    vocoder = engine.weights
     draws = draw_source(vocoder, mel, generator, cpu_generator)
     excitation = source(vocoder, f0(vocoder, mel), draws)
     if cache_source.shape[2] != 0:
         excitation[:, :, : cache_source.shape[2]] = cache_source
-    return decode(vocoder, mel, excitation), excitation
+    return decode(vocoder, mel, excitation, engine.block), excitation
 
 
 def draw_source(
@@ -175,4 +159,5 @@ def draw_source(
     phase[:, 0] = 0
     noise = mel.new_empty(rows, harmonics, samples).normal_(generator=generator)
     mel.new_empty(rows, samples, 1).normal_(generator=generator)
-    return Draws(phase.to(mel.device, mel.dtype), noise)
+    # Few bytes, which the driver takes over before the call returns: no wait for the device.
+    return Draws(phase.to(mel.device, mel.dtype, non_blocking=True), noise)

@@ -168,10 +168,8 @@ def _why_not_tensors(root: nn.Module) -> str | None:
         dtypes = ", ".join(sorted({str(p.dtype) for p in parameters}))
         return f"its weights are {dtypes}; the exact engine takes float32"
     devices = {p.device for p in parameters}
-    if len(devices) != 1 or (device := devices.pop()).type == "meta":
+    if len(devices) != 1 or devices.pop().type == "meta":
         return "its weights are not on one device"
-    if torch.is_autocast_enabled(device.type):
-        return "torch.autocast is on"
     return None
 
 

@@ -9,6 +9,7 @@ tensors: no value is read on the host.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from .layers import (
     Linear,
     SequenceConv,
     SequenceConvTranspose,
+    in_dtype,
     linear,
     sequence_conv,
     sequence_conv_transpose,
@@ -46,11 +48,12 @@ class ResBlock(NamedTuple):
 
     layers: tuple[tuple[Snake, SequenceConv, Snake, SequenceConv], ...]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``(B, T, C)``, as x, which is not changed."""
-        for snake1, conv1, snake2, conv2 in self.layers:
-            x = conv2(snake2(conv1(snake1(x)))).add_(x)
-        return x
+
+def res_block(block: ResBlock, x: Tensor) -> Tensor:
+    """``(B, T, C)``, as x, which is not changed."""
+    for snake1, conv1, snake2, conv2 in block.layers:
+        x = conv2(snake2(conv1(snake1(x)))).add_(x)
+    return x
 
 
 class Upsampling(NamedTuple):
@@ -116,8 +119,13 @@ class Draws(NamedTuple):
     noise: Tensor
 
 
-def pack_vocoder(mel2wav: Any) -> VocoderWeights:
-    """The weights of a `HiFTGenerator` that `why_vocoder_unsupported` has nothing against."""
+def pack_vocoder(mel2wav: Any, dtype: torch.dtype | None = None) -> VocoderWeights:
+    """The weights of a `HiFTGenerator` that `why_vocoder_unsupported` has nothing against.
+
+    Args:
+        dtype: of the matrices between mel and spectrum; None is the model's own. F0, source,
+            spectra and what makes the last one stay in that.
+    """
     generator, weight = mel2wav.m_source.l_sin_gen, mel2wav.conv_pre.weight
     kernels = mel2wav.num_kernels
     stages = [
@@ -131,7 +139,7 @@ def pack_vocoder(mel2wav: Any) -> VocoderWeights:
     ]
     window = mel2wav.stft_window.double()
     first, last = _ends(window)
-    return VocoderWeights(
+    weights = VocoderWeights(
         f0_convs=tuple(sequence_conv(each) for each in mel2wav.f0_predictor.condnet[::2]),
         f0_head=linear(mel2wav.f0_predictor.classifier),
         merge=linear(mel2wav.m_source.l_linear),
@@ -152,6 +160,11 @@ def pack_vocoder(mel2wav: Any) -> VocoderWeights:
             generator.noise_std,
             generator.voiced_threshold,
         ),
+    )
+    if dtype is None:
+        return weights
+    return weights._replace(
+        conv_pre=in_dtype(weights.conv_pre, dtype), stages=in_dtype(weights.stages, dtype)
     )
 
 
@@ -229,19 +242,28 @@ def source(weights: VocoderWeights, pitch: Tensor, draws: Draws) -> Tensor:
     return weights.merge(waves.transpose(1, 2)).tanh_().transpose(1, 2)
 
 
-def decode(weights: VocoderWeights, mel: Tensor, excitation: Tensor) -> Tensor:
-    """The waveform ``(B, L)`` of mel ``(B, T, 80)`` and its excitation ``(B, 1, L)``."""
+def decode(
+    weights: VocoderWeights,
+    mel: Tensor,
+    excitation: Tensor,
+    block: Callable[[ResBlock, Tensor], Tensor] = res_block,
+) -> Tensor:
+    """The waveform ``(B, L)`` of mel ``(B, T, 80)`` and its excitation ``(B, 1, L)``.
+
+    Args:
+        block: `res_block`, or that compiled.
+    """
     spectrum = stft(weights, excitation.squeeze(1))
     x = weights.conv_pre(mel)
     for stage in weights.stages:
         x = stage.up(F.leaky_relu(x, weights.slope))
         if stage is weights.stages[-1]:
             x = torch.cat([x[:, 1:2], x], dim=1)  # one reflected sample: as long as the spectrum
-        x = x.add_(stage.source_block(stage.source_down(spectrum)))
+        x = x.add_(block(stage.source_block, stage.source_down(spectrum)))
         first, *rest = stage.blocks
-        total = first(x)
-        for block in rest:
-            total = total.add_(block(x))
+        total = block(first, x)
+        for each in rest:
+            total = total.add_(block(each, x))
         x = total.div_(len(stage.blocks))
     magnitude, phase = weights.conv_post(F.leaky_relu(x)).split(BINS, dim=-1)
     wave = istft(weights, magnitude.exp(), phase.sin())

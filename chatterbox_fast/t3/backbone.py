@@ -6,14 +6,13 @@ Pure functions of tensors: they run eagerly, compiled without a graph break, and
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import FunctionType
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, reference
+from ..compiling import compiled
 from .projection import project
 from .weights import LayerWeights, T3Weights
 
@@ -104,15 +103,9 @@ class Layers(NamedTuple):
 EAGER = Layers(decode_layer, prefill_layer)
 
 
-def compiled() -> Layers:
-    """Both layer functions under torch.compile, without a graph break: one graph for all layers.
+def compiled_layers() -> Layers:
+    """Both layer functions under torch.compile: one graph for all layers.
 
-    Each engine has its own, and so its own share of how often torch compiles a function anew.
+    Each engine has its own.
     """
-
-    def own(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        function = cast(FunctionType, layer)
-        copied = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        return torch.compile(copied, fullgraph=True, dynamic=True)
-
-    return Layers(own(decode_layer), own(prefill_layer))
+    return Layers(compiled(decode_layer), compiled(prefill_layer))

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..graph import capture, graphs_wanted, settle, why_no_graph
+from ..graph import CaptureError, capture, graphs_wanted, settle, why_no_graph
 from ..modules import signature
 from ..options import Options
 from ..overrides import is_ours
 from ..precision import choose_precision
 from ..recent import Recent
 from . import weights as packing
-from .backbone import EAGER, compiled
+from .backbone import EAGER, compiled_layers
 from .decode_step import decode_step
 from .pool import Slot, SlotPool
 from .prefill import MOST_VOICES, VoicePrefix, check_conditioning, voice_prefix
@@ -43,9 +43,12 @@ class Engine:
         self.options = options
         self.precise = choose_precision(options, self.device, own)
         self.weights = packing.pack(t3, self.precise)
-        self.layers = compiled() if options.compile else EAGER
+        self.layers = compiled_layers() if options.compile else EAGER
         self.sampler = dispatch.choose("cfg_sample", self.device, options.backend, own).backend
-        self.eager_because = why_no_graph(self.device, self.sampler)
+        self.eager_because = why_no_graph(self.device)
+        if self.eager_because is None and self.sampler == "reference":
+            # Its generator's state would be frozen into the graph.
+            self.eager_because = "the reference draws from a generator"
         self.stop_token: int = t3.hp.stop_speech_token
         new_slot = WeakMethod(self._new_slot)  # no cycle: an engine's memory is freed with it
         self.slots = SlotPool(lambda rows, capacity: new_slot()(rows, capacity))  # type: ignore[misc]
@@ -114,10 +117,8 @@ class Engine:
             return Slot(state, eager)
         try:
             replay = capture(lambda: eager(capacity, None), self.device)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as failure:
-            self.eager_because = f"the capture failed: {str(failure).splitlines()[0]}"
+        except CaptureError as failure:
+            self.eager_because = str(failure)
             return Slot(state, eager)
         return Slot(state, lambda _slots, _generator: replay())
 

@@ -1,0 +1,211 @@
+"""Utterances padded to a bucket: the same mel, nothing left behind, and what a capture may do."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from s3gen_toolkit import relative, rough_s3gen
+from torch import Tensor
+
+from chatterbox_fast.graph import CaptureError
+from chatterbox_fast.options import Options
+from chatterbox_fast.s3gen import bucket as buckets
+from chatterbox_fast.s3gen import engine as engines
+from chatterbox_fast.s3gen.bucket import Bucket, Flow, bucket_for
+from chatterbox_fast.s3gen.encoder import encode
+from chatterbox_fast.s3gen.engine import FlowEngine
+
+pytestmark = pytest.mark.usefixtures("_inference")
+
+
+@pytest.fixture
+def _inference() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def flow() -> Any:
+    return rough_s3gen().flow
+
+
+def eagerly(step: Callable[[], None], *_: Any) -> Callable[[], None]:
+    """Stands in for `graph.capture`: runs the step as often, and replays nothing."""
+    for _ in range(3):
+        step()
+    return step
+
+
+def a_bucket(engine: FlowEngine, tokens: int, n_timesteps: int) -> Bucket:
+    flow = Flow(engine.encoder, engine.solver, engine.table(n_timesteps), engine.blocks)
+    return Bucket(flow, tokens, eagerly)
+
+
+def inputs(
+    tokens: int, known: int, cut: int = 0, *, seed: int = 0, dtype: torch.dtype = torch.float
+) -> tuple[Tensor, ...]:
+    """Tokens, speaker, a prompt of `known` frames, and noise, `cut` frames less than all."""
+    source = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=source, dtype=torch.double).to(dtype)
+
+    ids = torch.randint(6561, (1, tokens), generator=source)
+    return ids, normal(1, 80), normal(1, known, 80), normal(1, 2 * tokens - cut, 80)
+
+
+CASES = [(16, 8, 0), (15, 8, 0), (9, 6, 6), (4, 0, 0), (1, 2, 0), (12, 18, 6)]
+
+
+@pytest.mark.parametrize("meanflow", [False, True])
+def test_a_padded_utterance_is_the_same(meanflow: bool) -> None:
+    """In float64, where nothing but a mistake is left; one bucket after another's leavings."""
+    flow = rough_s3gen(meanflow=meanflow).flow.double()
+    engine = FlowEngine(flow, Options())
+    bucket = a_bucket(engine, 16, 3)
+    for case in CASES:
+        own = inputs(*case, dtype=torch.double)
+        expected = engine.mel(*own, 3)
+        assert relative(bucket.mel(*own), expected) < 1e-13
+    assert torch.isfinite(bucket._mel).all()
+
+
+def test_in_float32_it_is_as_close_as_promised(flow: Any) -> None:
+    engine = FlowEngine(flow, Options())
+    bucket = a_bucket(engine, 16, 10)
+    for case in CASES:
+        own = inputs(*case)
+        assert relative(bucket.mel(*own), engine.mel(*own, 10)) < 1e-5
+
+
+def test_the_lookahead_sees_no_pads(flow: Any) -> None:
+    """It reads three tokens further; a bias makes pads of the embedding other than zero."""
+    engine = FlowEngine(flow, Options())
+    ids = inputs(9, 0)[0]
+    padded = torch.cat([ids, torch.full((1, 7), 5)], dim=1)
+    expected = encode(engine.encoder, ids)
+    found = encode(engine.encoder, padded, torch.tensor([9]))
+    assert relative(found[:, :18], expected) < 1e-5
+    assert torch.isfinite(found).all()
+    assert relative(encode(engine.encoder, padded)[:, :18], expected) > 1e-3
+
+
+def test_nothing_stays_of_a_broken_utterance(flow: Any) -> None:
+    engine = FlowEngine(flow, Options())
+    bucket = a_bucket(engine, 16, 2)
+    good = inputs(7, 4)
+    expected = bucket.mel(*good)
+    for broken in range(1, 4):
+        bad = list(inputs(16, 20, seed=9))
+        bad[broken] = torch.full_like(bad[broken], torch.nan)
+        assert bucket.mel(*bad).isnan().any()
+        assert torch.equal(bucket.mel(*good), expected)
+
+
+def test_buckets_are_few() -> None:
+    sizes = [bucket_for(tokens) for tokens in (1, 64, 65, 500, buckets.LARGEST)]
+    assert sizes == [64, 64, 128, 512, buckets.LARGEST]
+    assert bucket_for(buckets.LARGEST + 1) is None
+
+
+@pytest.fixture
+def small(flow: Any, monkeypatch: pytest.MonkeyPatch) -> FlowEngine:
+    """An engine that believes in graphs, with buckets of 8 tokens."""
+    monkeypatch.setattr(buckets, "GRANULE", 8)
+    monkeypatch.setattr(buckets, "LARGEST", 32)
+    monkeypatch.setattr(engines, "capture", eagerly)
+    engine = FlowEngine(copy.deepcopy(flow), Options())
+    engine.eager_because = None
+    return engine
+
+
+def test_a_bucket_is_captured_once_a_size(
+    small: FlowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = []
+
+    def capture(step: Callable[[], None], *rest: Any) -> Callable[[], None]:
+        captured.append(rest)
+        return eagerly(step)
+
+    monkeypatch.setattr(engines, "capture", capture)
+    monkeypatch.setattr(engines, "BUCKETS", 8)
+    for tokens in (3, 8, 9, 16, 3):
+        own = inputs(tokens, 2)
+        mu = encode(small.encoder, own[0])
+        prompt = torch.nn.functional.pad(own[2], (0, 0, 0, 2 * tokens - 2))
+        expected = small.solve(mu, own[1], prompt, own[3], 2)
+        assert relative(small.mel(*own, 2), expected) < 1e-5
+    assert len(captured) == 2
+    small.mel(*inputs(3, 2), 3)
+    assert len(captured) == 3, "another number of steps"
+    small.mel(*inputs(33, 2), 2)
+    two_rows = (torch.cat([each, each]) for each in inputs(3, 2))
+    assert small.mel(*two_rows, 2).shape == (2, 6, 80)
+    assert len(captured) == 3, "too long, or a batch: eagerly"
+    for steps in range(4, 4 + engines.BUCKETS):
+        small.mel(*inputs(3, 2), steps)
+    assert len(small._buckets) == engines.BUCKETS
+
+
+def test_without_a_graph_it_runs_eagerly(
+    small: FlowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = inputs(5, 2)
+    expected = small.mel(*own, 2)
+
+    def failing(*_: Any) -> Any:
+        raise failure
+
+    failure: Exception = torch.OutOfMemoryError("no room")
+    monkeypatch.setattr(engines, "capture", failing)
+    assert relative(small.mel(*own, 3), small.mel(*own, 3)) == 0
+    assert len(small._buckets) == 0
+    assert small.eager_because is None, "there may be room at another time"
+    failure = CaptureError("the capture failed: it was raining")
+    assert relative(small.mel(*own, 2), expected) < 1e-5
+    assert small.eager_because == "the capture failed: it was raining"
+
+
+def test_threads_take_turns(small: FlowEngine) -> None:
+    cases = [inputs(tokens, 2, seed=tokens) for tokens in (3, 6, 8, 11, 16, 7)]
+    expected = [small.mel(*case, 2) for case in cases]
+    found: dict[int, Tensor] = {}
+
+    def work(number: int) -> None:
+        with torch.inference_mode():
+            for _ in range(3):
+                found[number] = small.mel(*cases[number], 2)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, each in enumerate(expected):
+        assert torch.equal(found[number], each)
+
+
+@pytest.mark.gpu
+def test_a_graph_is_what_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = rough_s3gen().flow.cuda()
+    engine = FlowEngine(flow, Options.of(precision="exact"))
+    assert engine.eager_because is None
+    for tokens, known, cut in ((70, 40, 0), (30, 8, 6), (64, 0, 0), (70, 40, 0)):
+        own = tuple(each.cuda() for each in inputs(tokens, known, cut))
+        found = engine.mel(*own, 10)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "eager_because", "to compare")
+            expected = engine.mel(*own, 10)
+        assert relative(found, expected) < 1e-5
+    assert len(engine._buckets) == 2
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.mel(*own, 10)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,155 @@
+"""S3Gen in half precision: no further from float32 stock than stock under autocast; no NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from s3gen_toolkit import relative, rough_s3gen, utterance
+from torch import Tensor
+
+from chatterbox_fast.options import Options
+from chatterbox_fast.precision import choose_float
+from chatterbox_fast.s3gen.encoder import encode, pack_encoder
+from chatterbox_fast.s3gen.flow import condition, pack_flow, solve, time_table
+from chatterbox_fast.s3gen.layers import bytes_of
+from chatterbox_fast.s3gen.vocoder import decode, pack_vocoder
+
+HALVES = [torch.bfloat16, torch.float16]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def s3gen() -> Any:
+    return rough_s3gen()
+
+
+def our_mel(flow: Any, dtype: torch.dtype | None, steps: int = 10, **case: Any) -> Tensor:
+    """What the engine makes of an utterance in `dtype`, from fixed noise."""
+    own = utterance(**case)
+    tokens = torch.cat([own["prompt_token"].long(), own["token"]], dim=1)
+    encoder, solver = pack_encoder(flow, dtype), pack_flow(flow.decoder, dtype)
+    mu = encode(encoder, tokens)
+    prompt = torch.zeros_like(mu)
+    prompt[:, : own["prompt_feat"].shape[1]] = own["prompt_feat"]
+    speaker = flow.spk_embed_affine_layer(torch.nn.functional.normalize(own["embedding"], dim=1))
+    noise = torch.randn(mu.shape, generator=torch.Generator().manual_seed(1))
+    given = condition(solver, mu, speaker, prompt)
+    return solve(solver, time_table(flow.decoder, steps), given, noise)
+
+
+def stocks_mel(flow: Any, monkeypatch: pytest.MonkeyPatch, **case: Any) -> Tensor:
+    own = utterance(**case)
+    frames = 2 * (own["token"].shape[1] + own["prompt_token"].shape[1])
+    noise = torch.randn(1, frames, 80, generator=torch.Generator().manual_seed(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn_like", lambda like: noise.mT.to(like.dtype))
+        mel, _ = flow.inference(**own)
+    return mel.mT.float()
+
+
+def mean_distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected).abs().mean())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_mel_is_no_further_off_than_stocks_under_autocast(
+    s3gen: Any, dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = {"tokens": 40, "prompt": 10, "seed": seed}
+    expected = stocks_mel(s3gen.flow, monkeypatch, **case)
+    exact = our_mel(s3gen.flow, None, **case)[:, -expected.shape[1] :]
+    assert relative(exact, expected) < 1e-5, "the same noise"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stocks = mean_distance(stocks_mel(s3gen.flow, monkeypatch, **case), expected)
+    ours = our_mel(s3gen.flow, dtype, **case)[:, -expected.shape[1] :]
+    assert ours.dtype == torch.float32
+    assert 0 < mean_distance(ours, expected) <= stocks
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_audio_is_no_further_off_than_stocks_under_autocast(
+    s3gen: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a given source: F0 and source are float32 in both.
+
+    Stock's inverse STFT refuses bfloat16; here it gets float32.
+    """
+    whole = s3gen.mel2wav._istft
+    monkeypatch.setattr(s3gen.mel2wav, "_istft", lambda m, p: whole(m.float(), p.float()))
+    source = torch.Generator().manual_seed(4)
+    mel = torch.randn(1, 80, 60, generator=source)
+    excitation = 0.2 * torch.randn(1, 1, 60 * 480, generator=source)
+    expected = s3gen.mel2wav.decode(mel, excitation)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stocks = mean_distance(s3gen.mel2wav.decode(mel, excitation), expected)
+    ours = decode(pack_vocoder(s3gen.mel2wav, dtype), mel.mT.contiguous(), excitation)
+    assert ours.dtype == torch.float32
+    assert 0 < mean_distance(ours, expected) <= stocks
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("scale", [0.0, 30.0, 1000.0])
+def test_extreme_inputs_stay_finite(
+    s3gen: Any, dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain: Callable[..., Any] = utterance
+
+    def loud(**case: Any) -> dict[str, Any]:
+        own = plain(**case)
+        return own | {"prompt_feat": scale * own["prompt_feat"]}
+
+    monkeypatch.setitem(our_mel.__globals__, "utterance", loud)
+    mel = our_mel(s3gen.flow, dtype, 3)
+    assert torch.isfinite(mel).all()
+    mel = scale * torch.randn(1, 8, 80)
+    wave = decode(pack_vocoder(s3gen.mel2wav, dtype), mel, torch.randn(1, 1, 8 * 480))
+    assert torch.isfinite(wave).all()
+    assert wave.abs().max() <= 0.99
+
+
+@torch.inference_mode()
+def test_what_stays_in_float32(s3gen: Any) -> None:
+    """What phases are made of, what nothing bounds, norms, and tables."""
+    vocoder = pack_vocoder(s3gen.mel2wav, torch.bfloat16)
+    flow = pack_flow(s3gen.flow.decoder, torch.bfloat16)
+    wide = (
+        *vocoder.f0_convs, vocoder.f0_head, vocoder.merge, vocoder.conv_post,
+        flow.x_conv, flow.x_around, flow.given_conv, flow.given_around,
+        flow.final_norm, flow.middle[0].transformers[0].norm,
+        vocoder.stages[0].blocks[0].layers[0][0],
+    )  # fmt: skip
+    assert {tensor.dtype for each in wide for tensor in each if isinstance(tensor, Tensor)} == {
+        torch.float32
+    }
+    narrow = (flow.middle[0].transformers[0].qkv, flow.up_conv, vocoder.conv_pre)
+    assert {each.weight.dtype for each in narrow} == {torch.bfloat16}
+    encoder = pack_encoder(s3gen.flow)
+    half = pack_encoder(s3gen.flow, torch.float16)
+    assert sum(bytes_of(half.before.layers).values()) < 0.6 * sum(
+        bytes_of(encoder.before.layers).values()
+    )
+
+
+def test_which_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    capability = (9, 0)
+
+    def chosen(precision: str, device: torch.device, own: torch.dtype = torch.float) -> Any:
+        return choose_float(Options.of(precision=precision), device, own)
+
+    for precision in ("auto", "bf16", "int8", "fp16"):
+        assert chosen(precision, CPU) == ("exact", torch.float, "a CPU is fastest in float32")
+    assert chosen("exact", GPU) == ("exact", torch.float, "asked for")
+    assert chosen("fp16", GPU) == ("fp16", torch.float16, "asked for")
+    assert chosen("auto", GPU) == ("bf16", torch.bfloat16, "the default on a GPU")
+    assert chosen("int8", GPU) == ("bf16", torch.bfloat16, "int8 is T3's alone")
+    assert chosen("bf16", GPU, torch.double)[:2] == ("exact", torch.double)
+    capability = (7, 5)
+    assert chosen("auto", GPU)[:2] == ("fp16", torch.float16)
