@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "kernels/inverse_dft.cuh"
@@ -216,24 +217,21 @@ CBF_FOR_EVERY_CPU void run(const Head& head, const Task& task) {
   }
 }
 
-// kFrames frames from `first` on, as floats; silence where there is none.
-template <typename T>
-void copy_frames(const T* row, int64_t frames, int64_t first, float* to) {
+// kFrames frames from `first` on; silence where there is none.
+void copy_frames(const float* row, int64_t frames, int64_t first, float* to) {
   const int64_t begin = std::max<int64_t>(0, -first);
   const int64_t end = std::min<int64_t>(kFrames, frames - first);
   for (int64_t i = 0; i < kFrames; ++i) {
+    if (i >= begin && i < end) continue;
     float* const frame = to + i * kChannels;
-    if (i < begin || i >= end) {
-      std::fill_n(frame, kDftBins, -std::numeric_limits<float>::infinity());
-      std::fill_n(frame + kDftBins, kDftBins, 0.0f);
-    }
+    std::fill_n(frame, kDftBins, -std::numeric_limits<float>::infinity());
+    std::fill_n(frame + kDftBins, kDftBins, 0.0f);
   }
   std::copy(row + (first + begin) * kChannels, row + (first + end) * kChannels,
             to + begin * kChannels);
 }
 
-template <typename T>
-void compute(const Head& head, const T* spectrum, float* out) {
+void compute(const Head& head, const float* spectrum, float* out) {
   const int64_t hops = head.sizes.frames - 1, tasks = (hops + kHops - 1) / kHops;
   at::parallel_for(0, head.sizes.rows * tasks, kGrain, [&](int64_t from, int64_t until) {
     float frames[kFrames * kChannels];
@@ -250,18 +248,9 @@ at::Tensor istft(const at::Tensor& spectrum, const at::Tensor& window, double li
   const IstftSizes sizes = check_istft(spectrum, window, limit);
   at::Tensor y = at::empty({sizes.rows, sizes.length()}, window.options());
   if (y.numel() == 0) return y;
+  const at::Tensor wide = spectrum.to(at::kFloat);
   const Head head = {window.const_data_ptr<float>(), static_cast<float>(limit), sizes};
-  float* const out = y.mutable_data_ptr<float>();
-  switch (spectrum.scalar_type()) {
-    case at::kHalf:
-      compute(head, spectrum.const_data_ptr<at::Half>(), out);
-      break;
-    case at::kBFloat16:
-      compute(head, spectrum.const_data_ptr<at::BFloat16>(), out);
-      break;
-    default:
-      compute(head, spectrum.const_data_ptr<float>(), out);
-  }
+  compute(head, wide.const_data_ptr<float>(), y.mutable_data_ptr<float>());
   return y;
 }
 
