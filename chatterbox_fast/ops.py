@@ -338,6 +338,38 @@ def resample_by(backend: str) -> Callable[..., Tensor]:
     return reference.resample
 
 
+def istft(spectrum: Tensor, window: Tensor, limit: float, *, backend: Backend = "auto") -> Tensor:
+    """The head of HiFT: from its last convolution's output to audio, 4 samples a frame, one launch.
+
+    Args:
+        spectrum, window, limit: see `reference.istft`. Contiguous. Where the spectrum requires a
+            gradient the reference runs, which has one.
+        backend: which implementation to prefer, see `dispatch.choose`.
+
+    Returns:
+        ``(B, 4 (M - 1))`` float32, whatever the dtype of the spectrum; float64 for float64.
+
+    Raises:
+        RuntimeError: an argument of another shape, dtype, layout or range than documented.
+    """
+    if spectrum.requires_grad and torch.is_grad_enabled():
+        backend = "reference"
+    return istft_by(_chosen("istft", spectrum.device, backend, spectrum.dtype))(
+        spectrum, window, limit
+    )
+
+
+def istft_by(backend: str) -> Callable[..., Tensor]:
+    """istft by a backend that `dispatch.choose` named, for callers that choose once."""
+    if backend == "extension":
+        return torch.ops.chatterbox_fast.istft.default
+    if backend == "triton":
+        from .triton_kernels.istft import istft as twin
+
+        return twin
+    return reference.istft
+
+
 if dispatch.extension_has("cfg_sample"):
 
     @torch.library.register_fake("chatterbox_fast::cfg_sample")
@@ -407,3 +439,10 @@ if dispatch.extension_has("resample"):
         length: int,
     ) -> Tensor:
         return waveform.new_empty(waveform.shape[0], length)
+
+
+if dispatch.extension_has("istft"):
+
+    @torch.library.register_fake("chatterbox_fast::istft")
+    def _istft_fake(spectrum: Tensor, window: Tensor, limit: float) -> Tensor:
+        return window.new_empty(spectrum.shape[0], 4 * (spectrum.shape[1] - 1))

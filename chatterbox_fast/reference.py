@@ -20,6 +20,9 @@ _RULED_OUT = float(2**15)
 _FEW_PHASES = 512
 """As one strided convolution, more phases would take more memory than their filters do."""
 
+_DFT_SIZE, _HOP, _LOUDEST = 16, 4, 1e2
+"""Of HiFT's iSTFT: samples of a frame, samples between two frames, the most a magnitude can be."""
+
 
 def cfg_sample(
     logits: Tensor,
@@ -366,10 +369,41 @@ def _dots(x: Tensor, start: Tensor, filters: Tensor) -> Tensor:
     return (x[:, start[:, None] + reach] * filters).sum(dim=-1)
 
 
-def padded_attention(qkv: Tensor, lengths: Tensor, heads: int) -> Tensor:
-    """Temporary."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    real = torch.arange(qkv.shape[1], device=qkv.device) < lengths[:, None]
-    v = v.masked_fill(~real[:, None, :, None], 0)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None])
-    return out.transpose(1, 2).flatten(2).masked_fill(~real[..., None], 0)
+def istft(spectrum: Tensor, window: Tensor, limit: float) -> Tensor:
+    """The head of HiFT: from its last convolution's output to audio, 4 samples a frame.
+
+    Args:
+        spectrum: ``(B, M, 18)`` float32, float16 or bfloat16, M at least 1: of each frame 9
+            logarithms of magnitudes, which are clipped to 100, and 9 numbers whose sines are the
+            phases, in radians. Here alone float64 too.
+        window: ``(16,)`` float32 (float64 for float64). The squares of the windows that reach a
+            sample must not add up to 0, which is not checked; ``torch.istft`` demands it too.
+        limit: > 0; the audio is clamped to ``[-limit, limit]``.
+
+    Returns:
+        ``(B, 4 (M - 1))`` float32 (float64), computed in it whatever the dtype of the spectrum. A
+        NaN reaches the samples of its frame.
+
+    Equal to the end of stock's ``HiFTGenerator.decode`` and its ``_istft``: ``torch.istft`` with
+    n_fft 16, hop 4 and ``center=True``, which takes the imaginary parts of the first and the last
+    bin for 0, and divides what overlaps by the squares of the windows there are, few at the ends.
+    """
+    wide = torch.promote_types(spectrum.dtype, torch.float32)
+    if spectrum.shape[0] == 0:  # torch's FFT on a CPU takes no empty batch
+        return spectrum.new_empty(0, _HOP * (spectrum.shape[1] - 1), dtype=wide)
+    log_magnitude, angle = spectrum.to(wide).chunk(2, dim=-1)
+    magnitude, phase = log_magnitude.exp().clamp(max=_LOUDEST), angle.sin()
+    bins = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
+    weights = window.to(wide).expand(1, spectrum.shape[1], _DFT_SIZE)
+    audio = _overlap_add(torch.fft.irfft(bins, _DFT_SIZE) * weights)
+    return (audio / _overlap_add(weights.square())).clamp(-limit, limit)
+
+
+def _overlap_add(frames: Tensor) -> Tensor:
+    """``(B, 4 (M - 1))`` of ``(B, M, 16)``: frames 4 apart, without half a frame at both ends."""
+    parts = frames.unflatten(-1, (-1, _HOP)).unbind(-2)
+    last = len(parts) - 1
+    # Frames in order of time: the last part of an early one meets the first part of a later one.
+    padded = [F.pad(part, (0, 0, i, last - i)) for i, part in enumerate(parts)]
+    total = torch.stack(padded[::-1]).sum(0).flatten(1)
+    return total[:, _DFT_SIZE // 2 : -_DFT_SIZE // 2]

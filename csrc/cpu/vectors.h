@@ -68,7 +68,7 @@ CBF_INLINE Floats sum_of_each(const Floats (&v)[kLanes]) {
 
 CBF_INLINE Floats all(float x) { return Floats{} + x; }
 
-// exp(x) for x <= 0, to about one unit in the last place; 0 below the least normal number. Cephes'
+// exp(x) for x <= 88, to about one unit in the last place; 0 below the least normal number. Cephes'
 // polynomial over half a binary octave.
 CBF_INLINE Floats exponential(Floats x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds
