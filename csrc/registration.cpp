@@ -17,4 +17,5 @@ TORCH_LIBRARY(chatterbox_fast, library) {
   library.def(
       "resample(Tensor waveform, Tensor filters, Tensor? first=None, *, int stride, int left, "
       "SymInt length) -> Tensor");
+  library.def("padded_attention(Tensor qkv, Tensor lengths, int heads) -> Tensor");
 }
