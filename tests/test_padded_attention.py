@@ -178,9 +178,7 @@ def test_it_is_diffusers_attention_with_stocks_mask(lengths: list[int]) -> None:
         out = call.by(ops.padded_attention, backend=backend)
         for row, length in enumerate(lengths):
             expected = oracle(call, row).transpose(0, 1).flatten(1)
-            error, theirs = (
-                float((y[row, :length] - expected).abs().max()) for y in (out, stock)
-            )
+            error, theirs = (float((y[row, :length] - expected).abs().max()) for y in (out, stock))
             assert error <= 2 * theirs + ulp(expected, torch.float32)
 
 
@@ -208,14 +206,17 @@ def test_the_same_bits_by_any_number_of_threads_and_rows(threads: Any, dtype: to
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_nan_stays_in_its_row_and_head(backend: Any, bad: float) -> None:
-    nan_stays_in_its_row_and_head(bad, by(backend))
+def test_nan_stays_in_its_row_and_head(backend: Any, bad: float, dtype: torch.dtype) -> None:
+    nan_stays_in_its_row_and_head(bad, dtype, by(backend))
 
 
-def nan_stays_in_its_row_and_head(bad: float, run: Callable[[Call], Tensor]) -> None:
+def nan_stays_in_its_row_and_head(
+    bad: float, dtype: torch.dtype, run: Callable[[Call], Tensor]
+) -> None:
     """Of a query in its output, of a value in its element, of a key everywhere."""
-    call = random_call(100, [100, 80, 99])
+    call = random_call(100, [100, 80, 99], dtype=dtype)
     clean = run(call).view(3, 100, 2, DIM)
     qkv = call.qkv.view(3, 100, 3, 2, DIM)
     qkv[0, 40, 0, 1, 5] = math.nan
@@ -237,7 +238,8 @@ def test_a_gradient_is_the_references() -> None:
     assert qkv.grad is not None
     assert qkv.grad[:, :4].any()
     assert not qkv.grad[1, 4:].any()
-    assert not torch.ops.chatterbox_fast.padded_attention(*call._replace(qkv=qkv)).requires_grad
+    out = torch.ops.chatterbox_fast.padded_attention(*call._replace(qkv=qkv))
+    assert "NotImplemented" in out.grad_fn.name(), "the op itself has none"
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,6 @@ def test_a_gradient_is_the_references() -> None:
         ({"qkv": torch.zeros(6, 2, 384).transpose(0, 1)}, "qkv must be contiguous, got strides"),
         ({"qkv": torch.zeros(4609)[1:].view(2, 6, 384)}, "qkv must be aligned to 16 bytes, got"),
         ({"lengths": torch.zeros(2).long()}, "lengths must be Int, got Long"),
-        ({"lengths": torch.zeros(2).int().to("meta")}, "lengths must be on cpu, got meta"),
         ({"lengths": torch.zeros(4).int()[::2]}, r"lengths must be contiguous, got strides \[2\]"),
         ({"lengths": torch.zeros(1).int()}, r"lengths must be \(2,\) as qkv has rows, got \[1\]"),
         ({"lengths": torch.zeros(2, 1).int()}, r"lengths must be \(2,\) .*, got \[2, 1\]"),

@@ -3,18 +3,27 @@
 //   out[r][t] = softmax(q[r][t] k[r]' / 8) v[r] over keys 0 .. length - 1, for t < length, else 0
 //
 // Shapes: qkv (R, T, 3, H, 64) of T = float, half or bfloat16, q, k and v side by side, aligned to
-// 16 bytes; lengths (R,) int32 in device memory, taken as 0 below and as T above; out (R, T, H,
-// 64). Equivalent to: chatterbox_fast/reference.py, padded_attention. Arithmetic: float, fused
-// multiply-adds, an online softmax over tiles of keys in order. The bits depend on nothing but the
-// row and head. Pads are not read, whatever they are; a NaN of a valid position reaches the outputs
-// that torch's attention gives it to.
+// 16 bytes; lengths (R,) int32 in device memory, taken as 0 below and as T above; out (R, T, H, 64)
+// of T.
+// Equivalent to: chatterbox_fast/reference.py, padded_attention.
+// Arithmetic: sums and softmax in float, an online softmax over tiles of keys in order. The bits
+// depend on nothing but the row and head. Pads are not read, whatever they are; a NaN of a valid
+// position reaches the outputs that torch's attention gives it to.
+//   With tensor cores: products of T, exact, summed as the tensor cores do; __expf; weights are
+//   rounded to T before they meet the values, and their sum is of those not rounded.
+//   Without: fused multiply-adds, expf, weights not rounded.
+// Tensor cores serve half and bfloat16 on sm_80 and newer. float is exact: never TF32.
 //
 // Launch: a block of four warps for 64 queries of a row and head; tiles of keys beyond the length
 // are skipped, and a block of pads writes its zeros and ends. Nothing is read on the host.
-// A thread has 4 queries by 4 keys of the scores, then 4 queries by 8 elements of the values, both
-// in registers; eight neighbouring lanes share their queries, and hand each other their weights
-// through shared memory. Expected bound: the multiprocessors' multiply-adds, with a 16-byte load
-// from shared memory for eight of them (not measured).
+//   With tensor cores a warp has 16 queries, whose scores never leave its registers: those of the
+//   first product are where the second one wants its weights. The next tile of 64 keys is on its
+//   way from memory while this one is computed. Expected bound: the tensor cores and, about as
+//   much, the loads of tiles from shared memory (not measured).
+//   Without, a thread has 4 queries by 4 keys of the scores, then 4 queries by 8 elements of the
+//   values; eight neighbouring lanes share their queries, and hand each other their weights through
+//   shared memory. Expected bound: the multiply-adds, with a 16-byte load from shared memory for
+//   eight of them (not measured).
 #pragma once
 
 #include "common.cuh"
@@ -239,22 +248,194 @@ RT_DEVICE void attend_plain(const PaddedPart<T>& part) {
   }
 }
 
+// ---- With tensor cores. Fragments are laid out as runtime.h says.
+
+constexpr int kTensorKeys = 64;              // a tile
+constexpr int kTensorRow = kPaddedHead + 8;  // elements; eight neighbouring rows share no banks
+constexpr int kTensorPacks = kTensorKeys * kPaddedHead / 8 / kPaddedThreads;  // a thread
+
+// A thread's share of a tile of rows, on its way to shared memory.
 template <typename T>
+struct TileShare {
+  Pack<T, 8> packs[kTensorPacks];
+};
+
+// Rows of a head; zeros from row `valid` on.
+template <typename T>
+RT_DEVICE TileShare<T> fetch_tile(const T* from, long long stride, int valid) {
+  TileShare<T> share = {};
+#pragma unroll
+  for (int i = 0; i < kTensorPacks; ++i) {
+    const int pack = threadIdx.x + i * kPaddedThreads, row = pack / 8;
+    if (row < valid) share.packs[i] = load_pack<8>(from + row * stride + pack % 8 * 8);
+  }
+  return share;
+}
+
+template <typename T>
+RT_DEVICE void put_tile(const TileShare<T>& share, T* tile) {
+#pragma unroll
+  for (int i = 0; i < kTensorPacks; ++i) {
+    const int pack = threadIdx.x + i * kPaddedThreads;
+    *reinterpret_cast<Pack<T, 8>*>(tile + pack / 8 * kTensorRow + pack % 8 * 8) = share.packs[i];
+  }
+}
+
+// What this lane hands to load_matrices for 16 rows and columns of a tile: upper left matrix, lower
+// left, upper right, lower right.
+template <typename T>
+RT_DEVICE const T* square(const T* tile, int row, int column) {
+  const int lane = threadIdx.x % 32;
+  return tile + (row + lane % 16) * kTensorRow + column + lane / 16 * 8;
+}
+
+// A lane's softmaxes of queries lane / 4 and 8 more, each `total` over its own keys: element
+// 8 j + 2 (lane % 4) of the values is sums[j][0] and sums[j][2].
+struct TensorSoftmax {
+  float sums[kPaddedHead / 8][4];
+  float highest[2], total[2];  // `highest` as scores are: not scaled
+};
+
+// scores[j]: of keys 8 j .., not scaled. `queries`: of 16 elements each.
+template <typename T>
+RT_DEVICE void tensor_scores(const rt::Fragment (&queries)[kPaddedHead / 16], const T* keys,
+                             float (&scores)[kTensorKeys / 8][4]) {
+  const int lane = threadIdx.x % 32;
+  const T* const row = keys + lane % 8 * kTensorRow + lane / 8 * 8;  // four matrices side by side
+#pragma unroll
+  for (int d = 0; d < kPaddedHead; d += 32) {
+#pragma unroll
+    for (int j = 0; j < kTensorKeys / 8; ++j) {
+      const rt::Fragment k = rt::load_matrices<false>(row + 8 * j * kTensorRow + d);
+      rt::multiply_add<T>(scores[j], queries[d / 16], k.registers[0], k.registers[1]);
+      rt::multiply_add<T>(scores[j], queries[d / 16 + 1], k.registers[2], k.registers[3]);
+    }
+  }
+}
+
+// Scores to weights, in place; `valid` keys of the tile count.
+RT_DEVICE void tensor_weights(float (&scores)[kTensorKeys / 8][4], int valid, TensorSoftmax& own) {
+  const int lane = threadIdx.x % 32;
+  if (valid < kTensorKeys) {
+#pragma unroll
+    for (int i = 0; i < kTensorKeys / 2; ++i) {
+      const int key = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      if (key >= valid) scores[i / 4][i % 4] = __uint_as_float(0xff800000u);
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float before = own.highest[half];
+    float highest = before;
+#pragma unroll
+    for (int j = 0; j < kTensorKeys / 8; ++j) {
+      highest = fmaxf(highest, fmaxf(scores[j][2 * half], scores[j][2 * half + 1]));
+    }
+    highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, 1));
+    highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, 2));
+    const float off = -highest * kPaddedScale;
+    const float shrink = __expf(fmaf(before, kPaddedScale, off));
+    own.highest[half] = highest;
+    own.total[half] *= shrink;
+#pragma unroll
+    for (int j = 0; j < kTensorKeys / 8; ++j) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        own.sums[j][i] *= shrink;
+        scores[j][i] = __expf(fmaf(scores[j][i], kPaddedScale, off));
+        own.total[half] += scores[j][i];
+      }
+    }
+  }
+}
+
+template <typename T>
+RT_DEVICE void tensor_values(const float (&weights)[kTensorKeys / 8][4], const T* values,
+                             TensorSoftmax& own) {
+#pragma unroll
+  for (int key = 0; key < kTensorKeys; key += 16) {
+    const float(&left)[4] = weights[key / 8], (&right)[4] = weights[key / 8 + 1];
+    const rt::Fragment w = {rt::pack_pair<T>(left[0], left[1]), rt::pack_pair<T>(left[2], left[3]),
+                            rt::pack_pair<T>(right[0], right[1]),
+                            rt::pack_pair<T>(right[2], right[3])};
+#pragma unroll
+    for (int d = 0; d < kPaddedHead; d += 16) {
+      const rt::Fragment v = rt::load_matrices<true>(square(values, key, d));
+      rt::multiply_add<T>(own.sums[d / 8], w, v.registers[0], v.registers[1]);
+      rt::multiply_add<T>(own.sums[d / 8 + 1], w, v.registers[2], v.registers[3]);
+    }
+  }
+}
+
+template <typename T>
+RT_DEVICE void store_tensor(const PaddedPart<T>& part, const TensorSoftmax& own) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float total = own.total[half];
+    total += __shfl_xor_sync(kFullWarp, total, 1);
+    total += __shfl_xor_sync(kFullWarp, total, 2);
+    const int query = part.first + 16 * warp + 8 * half + lane / 4;
+#pragma unroll
+    for (int j = 0; j < kPaddedHead / 8; ++j) {
+      store_output<2>(part, query, 8 * j + lane % 4 * 2, own.sums[j] + 2 * half, total);
+    }
+  }
+}
+
+template <typename T>
+RT_DEVICE void attend_tensor(const PaddedPart<T>& part) {
+  RT_SHARED(T, keys, kTensorKeys * kTensorRow);
+  RT_SHARED(T, values, kTensorKeys * kTensorRow);
+  TileShare<T> k = fetch_tile(part.k, part.stride, part.length);
+  TileShare<T> v = fetch_tile(part.v, part.stride, part.length);
+  put_tile(fetch_tile(part.q + part.first * part.stride, part.stride, part.length - part.first),
+           keys);
+  __syncthreads();
+  rt::Fragment queries[kPaddedHead / 16];
+#pragma unroll
+  for (int i = 0; i < kPaddedHead / 16; ++i) {
+    queries[i] = rt::load_matrices<false>(square(keys, threadIdx.x / 32 * 16, 16 * i));
+  }
+  TensorSoftmax own = {{}, {kPaddedLowest, kPaddedLowest}, {}};
+#pragma unroll 1
+  for (int key = 0; key < part.length; key += kTensorKeys) {
+    __syncthreads();
+    put_tile(k, keys);
+    put_tile(v, values);
+    __syncthreads();
+    const int valid = part.length - key, next = key + kTensorKeys;
+    k = fetch_tile(part.k + next * part.stride, part.stride, part.length - next);
+    v = fetch_tile(part.v + next * part.stride, part.stride, part.length - next);
+    float scores[kTensorKeys / 8][4] = {};
+    tensor_scores(queries, keys, scores);
+    tensor_weights(scores, valid, own);
+    tensor_values(scores, values, own);
+  }
+  store_tensor(part, own);
+}
+
+template <typename T, bool kTensor>
 RT_GLOBAL void RT_LAUNCH_BOUNDS(kPaddedThreads)
     padded_attention_kernel(PaddedAttentionArgs<T> args) {
   const PaddedPart<T> part = padded_part(args);
   if (part.first >= part.length) return store_zeros(part);
-  attend_plain(part);
+  if constexpr (kTensor && rt::kTensorCores) {
+    attend_tensor(part);
+  } else {
+    attend_plain(part);
+  }
 }
 
 // Enqueues the op on `stream`; without rows or positions it is a success without a launch.
-template <typename T>
+// kTensor: with tensor cores, where there are any.
+template <typename T, bool kTensor = sizeof(T) == 2>
 rt::Error launch_padded_attention(PaddedAttentionArgs<T> args, rt::Stream stream) {
   args.tiles = (args.positions + kPaddedQueries - 1) / kPaddedQueries;
   const long long blocks = static_cast<long long>(args.rows) * args.heads * args.tiles;
   if (blocks == 0) return rt::Error{};
-  return rt::launch(&padded_attention_kernel<T>, static_cast<unsigned>(blocks), kPaddedThreads, 0,
-                    stream, args);
+  return rt::launch(&padded_attention_kernel<T, kTensor>, static_cast<unsigned>(blocks),
+                    kPaddedThreads, 0, stream, args);
 }
 
 }  // namespace chatterbox_fast

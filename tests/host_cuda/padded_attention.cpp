@@ -1,5 +1,5 @@
-// Launches padded_attention's kernel as the CUDA op does. arrays: {rows, positions, heads, dtype},
-// qkv, lengths, out. dtype: 0 float, 1 half, 2 bfloat16.
+// Launches padded_attention's kernel as the CUDA op does. arrays: {rows, positions, heads, dtype,
+// without tensor cores}, qkv, lengths, out. dtype: 0 float, 1 half, 2 bfloat16.
 #include "kernels/padded_attention.cuh"
 
 template <typename T>
@@ -11,6 +11,7 @@ int launch(void** arrays, const int64_t* sizes) {
   args.rows = static_cast<int>(sizes[0]);
   args.positions = static_cast<int>(sizes[1]);
   args.heads = static_cast<int>(sizes[2]);
+  if (sizes[4] != 0) return chatterbox_fast::launch_padded_attention<T, false>(args, nullptr);
   return chatterbox_fast::launch_padded_attention(args, nullptr);
 }
 
