@@ -1,5 +1,5 @@
-"""padded_attention: every implementation against a float64 oracle, with torch's own attention in the
-same dtype as the measure, and against diffusers' Attention as stock calls it."""
+"""padded_attention: every implementation against a float64 oracle, with torch's own attention in
+the same dtype as the measure, and against diffusers' Attention as stock calls it."""
 
 from __future__ import annotations
 
@@ -302,3 +302,36 @@ def test_which_implementation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         with_gradient.by(ops.padded_attention)
     assert asked == ["extension", "reference", "reference", "extension"]
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", FLOATING)
+class TestOnAGpu:
+    def test_results(self, dtype: torch.dtype) -> None:
+        for positions, lengths, heads in (*CASES, (1024, [1000] * 2, 8), (4000, [3900], 8)):
+            call = random_call(positions, lengths, heads=heads, dtype=dtype, device="cuda")
+            check(call, by("cuda"))
+
+    def test_a_graph_serves_every_length(self, dtype: torch.dtype) -> None:
+        call = random_call(300, [300, 300], heads=8, dtype=dtype, device="cuda")
+        by("cuda")(call)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = by("cuda")(call)
+        for lengths in ([300, 300], [1, 65], [0, 299]):
+            call.lengths.copy_(torch.tensor(lengths))
+            graph.replay()
+            check(call, lambda _: out)
+            assert torch.equal(out, by("cuda")(call))
+
+
+@pytest.mark.gpu
+@pytest.mark.kernel
+def test_lengths_on_another_device_are_named() -> None:
+    call = random_call(9, [4], device="cuda")._replace(lengths=torch.zeros(1).int())
+    with pytest.raises(RuntimeError, match="lengths must be on cuda:0, got cpu"):
+        by("cuda")(call)
