@@ -370,6 +370,41 @@ def istft_by(backend: str) -> Callable[..., Tensor]:
     return reference.istft
 
 
+def padded_attention(
+    qkv: Tensor, lengths: Tensor, heads: int, *, backend: Backend = "auto"
+) -> Tensor:
+    """Full attention of sequences that a bucket pads: each row's first positions to each other.
+
+    Args:
+        qkv, lengths, heads: see `reference.padded_attention`. The kernels take heads of 64, and a
+            qkv that is contiguous and aligned to 16 bytes. Where it requires a gradient the
+            reference runs, which has one.
+        backend: which implementation to prefer, see `dispatch.choose`.
+
+    Returns:
+        ``(R, T, H D)`` in qkv's dtype: what the output projection reads.
+
+    Raises:
+        RuntimeError: an argument of another shape, dtype, layout or device than documented.
+    """
+    if qkv.requires_grad and torch.is_grad_enabled():
+        backend = "reference"
+    return padded_attention_by(_chosen("padded_attention", qkv.device, backend, qkv.dtype))(
+        qkv, lengths, heads
+    )
+
+
+def padded_attention_by(backend: str) -> Callable[..., Tensor]:
+    """padded_attention by a backend that `dispatch.choose` named, for callers that choose once."""
+    if backend == "extension":
+        return torch.ops.chatterbox_fast.padded_attention.default
+    if backend == "triton":
+        from .triton_kernels.padded_attention import padded_attention as twin
+
+        return twin
+    return reference.padded_attention
+
+
 if dispatch.extension_has("cfg_sample"):
 
     @torch.library.register_fake("chatterbox_fast::cfg_sample")
@@ -446,3 +481,10 @@ if dispatch.extension_has("istft"):
     @torch.library.register_fake("chatterbox_fast::istft")
     def _istft_fake(spectrum: Tensor, window: Tensor, limit: float) -> Tensor:
         return window.new_empty(spectrum.shape[0], 4 * (spectrum.shape[1] - 1))
+
+
+if dispatch.extension_has("padded_attention"):
+
+    @torch.library.register_fake("chatterbox_fast::padded_attention")
+    def _padded_attention_fake(qkv: Tensor, lengths: Tensor, heads: int) -> Tensor:
+        return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)

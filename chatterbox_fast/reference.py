@@ -407,3 +407,29 @@ def _overlap_add(frames: Tensor) -> Tensor:
     padded = [F.pad(part, (0, 0, i, last - i)) for i, part in enumerate(parts)]
     total = torch.stack(padded[::-1]).sum(0).flatten(1)
     return total[:, _DFT_SIZE // 2 : -_DFT_SIZE // 2]
+
+
+def padded_attention(qkv: Tensor, lengths: Tensor, heads: int) -> Tensor:
+    """Full attention of rows of which only a prefix is valid; the rest pads a bucket.
+
+    Args:
+        qkv: ``(R, T, 3 H D)`` float32, float16 or bfloat16: of each position q, k and v side by
+            side, each H heads of D. Computed in float32. Here alone float64 too.
+        lengths: ``(R,)`` int32 on the device: how many positions of each row are valid; taken as 0
+            below and as T above.
+        heads: H.
+
+    Returns:
+        ``(R, T, H D)`` in qkv's dtype: softmax(q k' / sqrt(D)) v over the valid positions of the
+        row; 0 where a position is not valid. What q, k and v are there does not matter, be it NaN.
+    """
+    rows, positions, width = qkv.shape
+    if qkv.numel() == 0:
+        return qkv.new_empty(rows, positions, width // 3)
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    valid = torch.arange(positions, device=qkv.device) < lengths[:, None]
+    kept = qkv.to(wide).masked_fill(~valid[..., None], 0)
+    q, k, v = kept.view(rows, positions, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
+    out = out.transpose(1, 2).reshape(rows, positions, -1)
+    return out.masked_fill(~valid[..., None], 0).to(qkv.dtype)

@@ -18,4 +18,5 @@ TORCH_LIBRARY(chatterbox_fast, library) {
       "resample(Tensor waveform, Tensor filters, Tensor? first=None, *, int stride, int left, "
       "SymInt length) -> Tensor");
   library.def("istft(Tensor spectrum, Tensor window, float limit) -> Tensor");
+  library.def("padded_attention(Tensor qkv, Tensor lengths, int heads) -> Tensor");
 }

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import bench_cfg_sample
+import bench_padded_attention
 import bench_resample
 import end_to_end
 import pytest
@@ -70,6 +71,18 @@ def test_what_is_timed_resamples(case: str) -> None:
         bench_resample.verify(job, make(job))
     with pytest.raises(AssertionError):
         bench_resample.verify(job, lambda: 1.001 * bench_resample.extension(job)())
+
+
+@pytest.mark.parametrize("case", [c for c in bench_padded_attention.CASES if "250" in c])
+def test_what_is_timed_attends(case: str) -> None:
+    """As stock does, and no matter what pads are; without the length it would not be timed."""
+    bucket = bench_padded_attention.Bucket(*bench_padded_attention.CASES[case], CPU)
+    makes = (bench_padded_attention.stock, bench_padded_attention.sdpa_of_prefix,
+             bench_padded_attention.extension, bench_padded_attention.reference)  # fmt: skip
+    for make in makes:
+        bench_padded_attention.verify(bucket, make(bucket))
+    with pytest.raises(AssertionError):
+        bench_padded_attention.verify(bucket, lambda: bucket.by_sdpa(bucket.qkv))
 
 
 # ---- time in a CUDA graph

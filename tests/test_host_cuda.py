@@ -170,6 +170,46 @@ def test_every_wrapper_does_what_cuda_documents(order: Order, seed: int) -> None
     np.testing.assert_array_equal(same, floats)
 
 
+@in_every_order
+@pytest.mark.parametrize("variant", ["plain", "asan", "tsan"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tensor_cores_do_what_ptx_documents(
+    dtype: torch.dtype, variant: Variant, order: Order, seed: int
+) -> None:
+    """Layouts as PTX's tables of mma.m16n8k16 and ldmatrix have them, lane by lane."""
+    random = np.random.default_rng(0)
+    matrices = random.integers(0, 2**16, (4, 8, 8), np.uint16)
+    a, b, c = (random.integers(-9, 10, shape) for shape in ((16, 16), (16, 8), (16, 8)))
+    halves, floats = bits_in(dtype, 0.1 * np.arange(64)), 0.1 * np.arange(64, dtype=np.float32)
+    rows, columns = np.arange(32) // 4, np.arange(32) % 4 * 2
+    operands = np.zeros((32, 6, 2), np.uint16)
+    sums, expected_sums = np.zeros((2, 32, 4), np.float32)
+    fragments, expected = np.zeros((2, 32, 2, 4, 2), np.uint16)
+    for i in range(2):  # of the two elements of a register
+        for half in range(2):
+            operands[:, half, i] = bits_in(dtype, a[rows + 8 * half, columns + i])
+            operands[:, 2 + half, i] = bits_in(dtype, a[rows + 8 * half, columns + 8 + i])
+            operands[:, 4 + half, i] = bits_in(dtype, b[columns + 8 * half + i, rows])
+            sums[:, 2 * half + i] = c[rows + 8 * half, columns + i]
+            expected_sums[:, 2 * half + i] = (a @ b + c)[rows + 8 * half, columns + i]
+        for matrix in range(4):
+            expected[:, 0, matrix, i] = matrices[matrix, rows, columns + i]
+            expected[:, 1, matrix, i] = matrices[matrix, columns + i, rows]
+    number = np.array([1 if dtype == torch.float16 else 2], np.int64)
+    pairs = np.zeros(64, np.uint16)
+    arrays = [number, matrices, operands, floats, fragments, sums, pairs]
+    driver = build.HERE / "tensor_cores.cpp"
+    assert build.run(driver, arrays, variant, order, seed) == Outcome()
+    np.testing.assert_array_equal(fragments, expected)
+    np.testing.assert_array_equal(sums, expected_sums)
+    np.testing.assert_array_equal(pairs, halves)
+
+
+def bits_in(dtype: torch.dtype, values: np.ndarray) -> np.ndarray:
+    """The bit patterns of numbers in a type of two bytes."""
+    return torch.from_numpy(values).float().to(dtype).view(torch.int16).numpy().view(np.uint16)
+
+
 def floats_to_round() -> np.ndarray:
     """Every half, the middle between neighbours, and what is next to it on both sides; of bfloat16
     a sample of the same."""

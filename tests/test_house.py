@@ -24,7 +24,9 @@ PLACES = (
 
 
 def test_there_are_schemas() -> None:
-    assert SCHEMAS == ["cfg_sample", "skinny_linear", "decode_attention", "resample", "istft"]
+    assert SCHEMAS == [
+        "cfg_sample", "skinny_linear", "decode_attention", "resample", "istft", "padded_attention",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("op", SCHEMAS)

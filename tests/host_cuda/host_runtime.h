@@ -9,7 +9,8 @@
 //     know nothing of each other but what is handed over: by a fence and then an atomicAdd, to who
 //     adds to the same word later and then has a fence too.
 //
-// Not modelled: weak memory between blocks, timing, occupancy, contraction to FMA.
+// Not modelled: weak memory between blocks, timing, occupancy, contraction to FMA. Tensor cores sum
+// as GPUs are free to: here by fused multiply-adds in the order of k.
 #pragma once
 
 #include <math.h>
@@ -234,6 +235,82 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, RT_HERE) {
   const int source = (lane ^ lanes) > 31 ? lane : lane ^ lanes;
   return rt::host::shuffle("__shfl_xor_sync", site, mask, value, source);
 }
+
+// ---- Tensor cores: what runtime.h says of them, by shuffles.
+
+namespace rt {
+
+constexpr bool kTensorCores = true;
+
+struct Fragment {
+  unsigned registers[4];
+};
+
+template <typename T>
+unsigned pack_pair(float low, float high) {
+  return from_float<T>(low).bits | static_cast<unsigned>(from_float<T>(high).bits) << 16;
+}
+
+namespace host {
+
+struct alignas(16) MatrixRow {
+  uint16_t elements[8];
+};
+
+// The two T of a register.
+template <typename T>
+float low_of(unsigned pair) {
+  return to_float(T{static_cast<uint16_t>(pair)});
+}
+template <typename T>
+float high_of(unsigned pair) {
+  return to_float(T{static_cast<uint16_t>(pair >> 16)});
+}
+
+}  // namespace host
+
+template <bool kTransposed>
+Fragment load_matrices(const void* row, RT_HERE) {
+  const int outer = (threadIdx.x & 31) / 4, inner = threadIdx.x % 4 * 2;
+  const auto element = [&](int matrix, int line, int column) {
+    const auto own = reinterpret_cast<uint64_t>(row);
+    const uint64_t at = host::shuffle("load_matrices", site, ~0u, own, 8 * matrix + line);
+    return static_cast<unsigned>(reinterpret_cast<const host::MatrixRow*>(at)->elements[column]);
+  };
+  Fragment to;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned low = kTransposed ? element(i, inner, outer) : element(i, outer, inner);
+    const unsigned high = kTransposed ? element(i, inner + 1, outer) : element(i, outer, inner + 1);
+    to.registers[i] = low | high << 16;
+  }
+  return to;
+}
+
+template <typename T>
+void multiply_add(float (&sums)[4], const Fragment& a, unsigned b0, unsigned b1, RT_HERE) {
+  const auto both = [](unsigned low, unsigned high) { return low | uint64_t{high} << 32; };
+  const auto from = [&](uint64_t value, int source) {
+    return host::shuffle("multiply_add", site, ~0u, value, source);
+  };
+  const int lane = threadIdx.x & 31, row = lane / 4, column = lane % 4 * 2;
+  for (int step = 0; step < 2; ++step) {  // of eight k each
+    for (int i = 0; i < 4; ++i) {         // whose lane has k 8 step + 2 i and the next
+      const uint64_t rows =
+          from(both(a.registers[2 * step], a.registers[2 * step + 1]), 4 * row + i);
+      for (int j = 0; j < 2; ++j) {
+        const auto b = static_cast<unsigned>(from(step == 0 ? b0 : b1, 4 * (column + j) + i));
+        for (int half = 0; half < 2; ++half) {
+          const auto pair = static_cast<unsigned>(rows >> 32 * half);
+          float& sum = sums[2 * half + j];
+          sum = fmaf(host::low_of<T>(pair), host::low_of<T>(b), sum);
+          sum = fmaf(host::high_of<T>(pair), host::high_of<T>(b), sum);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace rt
 
 #undef RT_HERE
 

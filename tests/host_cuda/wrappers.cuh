@@ -67,3 +67,25 @@ RT_GLOBAL void narrow(const float* floats, rt::half* halves, rt::bfloat16* brain
   brains[i] = rt::from_float<rt::bfloat16>(floats[i]);
   same[i] = rt::from_float<float>(floats[i]);
 }
+
+// One warp. matrices: four of 8 x 8; operands: of each lane a and b of multiply_add; fragments: of
+// each lane what load_matrices gives it, then of the transposes; sums: what is added to; pairs: of
+// two floats each.
+template <typename T>
+RT_GLOBAL void RT_LAUNCH_BOUNDS(32)
+    tensor_cores(const T* matrices, const unsigned* operands, const float* floats,
+                 unsigned* fragments, float* sums, unsigned* pairs) {
+  RT_SHARED(T, shared, 4 * 64);
+  const unsigned lane = threadIdx.x;
+  for (unsigned i = lane; i < 4 * 64; i += 32) shared[i] = matrices[i];
+  __syncthreads();
+  const rt::Fragment loaded[2] = {rt::load_matrices<false>(shared + 8 * lane),
+                                  rt::load_matrices<true>(shared + 8 * lane)};
+  for (unsigned i = 0; i < 8; ++i) fragments[8 * lane + i] = loaded[i / 4].registers[i % 4];
+  const unsigned* const own = operands + 6 * lane;
+  float d[4];
+  for (unsigned i = 0; i < 4; ++i) d[i] = sums[4 * lane + i];
+  rt::multiply_add<T>(d, {{own[0], own[1], own[2], own[3]}}, own[4], own[5]);
+  for (unsigned i = 0; i < 4; ++i) sums[4 * lane + i] = d[i];
+  pairs[lane] = rt::pack_pair<T>(floats[2 * lane], floats[2 * lane + 1]);
+}
