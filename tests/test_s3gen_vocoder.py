@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from chatterbox_fast.options import Options
 from chatterbox_fast.s3gen.engine import Engines, VocoderEngine
 from chatterbox_fast.s3gen.support import why_vocoder_unsupported
-from chatterbox_fast.s3gen.vocoder import VocoderWeights, decode, istft, pack_vocoder, stft
+from chatterbox_fast.s3gen.vocoder import VocoderWeights, decode, pack_vocoder, stft
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +56,13 @@ def test_error_is_stocks_or_less(s3gen: Any, exact: Any, weights: VocoderWeights
 
 @torch.inference_mode()
 @pytest.mark.parametrize("rows", [1, 3])
-def test_transforms_are_torchs(exact: Any, rows: int) -> None:
+def test_the_transform_is_torchs(exact: Any, rows: int) -> None:
     vocoder, window = pack_vocoder(exact), exact.stft_window
     for samples in (12, 480, 4800):
         wave = torch.randn(rows, samples, dtype=torch.double)
         real, imaginary = exact._stft(wave)
         expected = torch.cat([real, imaginary], dim=1).transpose(1, 2)
         assert relative(stft(vocoder, wave), expected) < 1e-13
-        shape = (rows, samples // 4 + 1, 9)
-        magnitude = 60 * torch.randn(shape, dtype=torch.double).square()
-        phase = 3 * torch.randn(shape, dtype=torch.double)
-        assert (magnitude > 100).any()
-        expected = exact._istft(magnitude.transpose(1, 2), phase.transpose(1, 2))
-        assert relative(istft(vocoder, magnitude, phase), expected) < 1e-13
     assert window.dtype == torch.double
 
 

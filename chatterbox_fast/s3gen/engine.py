@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compiling import compiled
-from ..dispatch import requested_backend
+from ..dispatch import Choice, choose, requested_backend
 from ..graph import CaptureError, capture, graphs_wanted, settle, why_no_graph
 from ..modules import fingerprint
+from ..ops import HEAD_DIM
 from ..options import Options
 from ..precision import choose_float
 from ..recent import Recent
@@ -35,6 +36,7 @@ class FlowEngine:
 
     Attributes:
         precision, why: what the matrices are stored in, and why.
+        padded: what runs `padded_attention`, and why.
         encoder, solver: the weights.
         blocks: what runs the estimator's blocks, eager or compiled.
         eager_because: why nothing is captured in a CUDA graph; None where it is.
@@ -46,7 +48,8 @@ class FlowEngine:
         self.precision, dtype, self.why = choose_float(options, self.device, weight.dtype)
         narrow = None if dtype == weight.dtype else dtype
         self.encoder = pack_encoder(flow, narrow)
-        self.solver = pack_flow(flow.decoder, narrow)
+        self.padded = _choose_padded(flow.decoder.estimator, options, self.device, dtype)
+        self.solver = pack_flow(flow.decoder, narrow, self.padded.backend)
         if options.compile:
             self.solver = without_onednn(self.solver)
         self.blocks = compiled_blocks() if options.compile else EAGER
@@ -120,11 +123,22 @@ class FlowEngine:
         return mel
 
 
+def _choose_padded(
+    estimator: Any, options: Options, device: torch.device, dtype: torch.dtype
+) -> Choice:
+    attention = estimator.mid_blocks[0][1][0].attn1
+    width = attention.to_q.out_features // attention.heads
+    if width != HEAD_DIM:
+        return Choice("reference", f"the kernels take heads of {HEAD_DIM}, these have {width}")
+    return choose("padded_attention", device, options.backend, dtype)
+
+
 class VocoderEngine:
     """The vocoder of one S3Gen, mel to audio. Immutable; threads share it.
 
     Attributes:
         precision, why: what the matrices are stored in, and why.
+        istft: what runs the op of that name, and why.
         weights: the weights.
         block: what runs a residual block, eager or compiled.
     """
@@ -132,7 +146,10 @@ class VocoderEngine:
     def __init__(self, mel2wav: Any, options: Options) -> None:
         weight = mel2wav.conv_pre.weight
         self.precision, dtype, self.why = choose_float(options, weight.device, weight.dtype)
-        self.weights = pack_vocoder(mel2wav, None if dtype == weight.dtype else dtype)
+        narrow = None if dtype == weight.dtype else dtype
+        # The spectrum is float32 whatever the precision.
+        self.istft = choose("istft", weight.device, options.backend, weight.dtype)
+        self.weights = pack_vocoder(mel2wav, narrow, self.istft.backend)
         self.block = compiled(res_block) if options.compile else res_block
         settle(weight.device)
 

@@ -36,12 +36,16 @@ from .layers import (
 
 
 class Transformer(NamedTuple):
-    """diffusers' BasicTransformerBlock with self-attention alone."""
+    """diffusers' BasicTransformerBlock with self-attention alone.
+
+    `padded` names the backend of `padded_attention`, for rows that a bucket pads.
+    """
 
     norm: Norm
     qkv: Linear
     out: Linear
     heads: int
+    padded: str
     ff_norm: Norm
     up: Linear
     down: Linear
@@ -70,7 +74,8 @@ def transformer(block: Transformer, x: Tensor, lengths: Tensor | None) -> Tensor
     Args:
         lengths: ``(R,)`` int32, how many of a row's frames there are; None is all.
     """
-    x = block.out.added_to(x, attention(block.qkv(block.norm(x)), block.heads, lengths))
+    mixed = attention(block.qkv(block.norm(x)), block.heads, lengths, block.padded)
+    x = block.out.added_to(x, mixed)
     return block.down.added_to(x, block.up.gelu(block.ff_norm(x)))
 
 
@@ -153,12 +158,15 @@ class Given(NamedTuple):
     around: Tensor
 
 
-def pack_flow(decoder: Any, dtype: torch.dtype | None = None) -> FlowWeights:
+def pack_flow(
+    decoder: Any, dtype: torch.dtype | None = None, padded: str = "reference"
+) -> FlowWeights:
     """The weights of a `CausalConditionalCFM` that `why_flow_unsupported` has nothing against.
 
     Args:
         dtype: of the matrices; None is the model's own. What reads mu, prompt and noise stays in
             that: nothing bounds those.
+        padded: the backend of `padded_attention`.
     """
     estimator = decoder.estimator
     (down,), (up,) = estimator.down_blocks, estimator.up_blocks
@@ -172,10 +180,10 @@ def pack_flow(decoder: Any, dtype: torch.dtype | None = None) -> FlowWeights:
         x_around=Linear(half[:, :x].contiguous(), None, False),
         given_conv=full_conv(first.weight[:, x:], first.bias),
         given_around=given,
-        down=_stage(down),
+        down=_stage(down, padded),
         down_conv=full_conv(down[2].weight, down[2].bias),
-        middle=tuple(_stage(block) for block in estimator.mid_blocks),
-        up=_stage(up),
+        middle=tuple(_stage(block, padded) for block in estimator.mid_blocks),
+        up=_stage(up, padded),
         up_conv=full_conv(up[2].weight, up[2].bias),
         final_conv=full_conv(final[0].weight, final[0].bias),
         final_norm=norm(final[2]),
@@ -188,8 +196,8 @@ def pack_flow(decoder: Any, dtype: torch.dtype | None = None) -> FlowWeights:
     return in_dtype(weights, dtype)._replace(**{name: getattr(weights, name) for name in first})
 
 
-def _stage(block: Any) -> Stage:
-    return Stage(_resnet(block[0]), tuple(_transformer(each) for each in block[1]))
+def _stage(block: Any, padded: str) -> Stage:
+    return Stage(_resnet(block[0]), tuple(_transformer(each, padded) for each in block[1]))
 
 
 def _resnet(module: Any) -> Resnet:
@@ -203,13 +211,14 @@ def _resnet(module: Any) -> Resnet:
     )
 
 
-def _transformer(module: Any) -> Transformer:
+def _transformer(module: Any, padded: str) -> Transformer:
     attn, ff = module.attn1, module.ff.net
     return Transformer(
         norm=norm(module.norm1),
         qkv=merged([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight]),
         out=linear(attn.to_out[0]),
         heads=attn.heads,
+        padded=padded,
         ff_norm=norm(module.norm3),
         up=linear(ff[0].proj),
         down=linear(ff[2]),

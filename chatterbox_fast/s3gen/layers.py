@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import ops
 
 
 class Linear(NamedTuple):
@@ -166,14 +166,15 @@ def bytes_of(layers: tuple[Any, ...]) -> dict[int, int]:
     return found
 
 
-def attention(qkv: Tensor, heads: int, lengths: Tensor | None = None) -> Tensor:
+def attention(qkv: Tensor, heads: int, lengths: Tensor | None = None, by: str = "") -> Tensor:
     """Full attention, ``(B, T, H D)``, over q, k and v side by side in ``(B, T, 3 H D)``.
 
     Args:
-        lengths: ``(B,)`` int32, how many keys each row has; None is all.
+        lengths: ``(B,)`` int32, how many positions each row has; None is all.
+        by: the backend of `padded_attention`, where there are lengths.
     """
     if lengths is not None:
-        return reference.padded_attention(qkv, lengths, heads)
+        return ops.padded_attention_by(by)(qkv, lengths, heads)
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 

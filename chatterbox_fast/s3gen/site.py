@@ -37,6 +37,7 @@ def flow_site(s3gen: Any, options: Options) -> Site:
         return [
             Row("s3gen.flow", f"engine, {engine.precision}", backend, "; ".join(why)),
             describe_memory(s3gen.flow, weights),
+            Row("  padded_attention", "op", *engine.padded),
         ]
 
     return Site("s3gen.flow", s3gen.flow, "inference", make, describe)
@@ -54,6 +55,7 @@ def vocoder_site(s3gen: Any, options: Options) -> Site:
         return [
             Row("s3gen.vocoder", f"engine, {engine.precision}", backend, engine.why),
             describe_memory(s3gen.mel2wav, engine.weights),
+            Row("  istft", "op", *engine.istft),
         ]
 
     return Site("s3gen.vocoder", s3gen.mel2wav, "inference", make, describe)

@@ -1,9 +1,9 @@
 """HiFT, the vocoder: mel -> F0 -> harmonic source -> waveform.
 
 The same numbers as stock's `HiFTGenerator` up to rounding, and where F0 is equal the very same
-source: weight norm is folded, sequences are ``(B, T, C)``, STFT and inverse STFT are one matrix
-product and one transposed convolution, and what is drawn comes in from outside. Pure functions of
-tensors: no value is read on the host.
+source: weight norm is folded, sequences are ``(B, T, C)``, the STFT is one matrix product and the
+inverse one op, and what is drawn comes in from outside. Pure functions of tensors: no value is read
+on the host.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from .layers import (
     Linear,
     SequenceConv,
@@ -28,8 +29,6 @@ from .layers import (
 
 N_FFT, HOP = 16, 4
 BINS = N_FFT // 2 + 1
-LOUDEST = 1e2
-"""The largest magnitude of a spectrum's bin, as stock clips it."""
 
 
 class Snake(NamedTuple):
@@ -73,11 +72,10 @@ class VocoderWeights(NamedTuple):
         merge: harmonics to one excitation.
         harmonics: ``(H,)``, 1 for the fundamental, 2 for its first overtone, ...
         analysis: ``(16, 18)``, window and Fourier transform, real parts and then imaginary ones.
-        synthesis: ``(18, 1, 16)``, the inverse, divided by what windows add up to.
-        first, last: ``(4,)``, what the first and the last 4 samples are multiplied by, which
-            fewer windows reach.
+        window: ``(16,)``, of both transforms.
         upsample: samples a mel frame.
         slope: of the leaky ReLUs but the last.
+        istft: the backend of the op of that name.
         limit: the loudest sample.
     """
 
@@ -89,9 +87,8 @@ class VocoderWeights(NamedTuple):
     stages: tuple[Upsampling, ...]
     conv_post: SequenceConv
     analysis: Tensor
-    synthesis: Tensor
-    first: Tensor
-    last: Tensor
+    window: Tensor
+    istft: str
     upsample: int
     slope: float
     limit: float
@@ -119,12 +116,15 @@ class Draws(NamedTuple):
     noise: Tensor
 
 
-def pack_vocoder(mel2wav: Any, dtype: torch.dtype | None = None) -> VocoderWeights:
+def pack_vocoder(
+    mel2wav: Any, dtype: torch.dtype | None = None, istft: str = "reference"
+) -> VocoderWeights:
     """The weights of a `HiFTGenerator` that `why_vocoder_unsupported` has nothing against.
 
     Args:
         dtype: of the matrices between mel and spectrum; None is the model's own. F0, source,
             spectra and what makes the last one stay in that.
+        istft: the backend of the op of that name.
     """
     generator, weight = mel2wav.m_source.l_sin_gen, mel2wav.conv_pre.weight
     kernels = mel2wav.num_kernels
@@ -138,7 +138,6 @@ def pack_vocoder(mel2wav: Any, dtype: torch.dtype | None = None) -> VocoderWeigh
         for i, up in enumerate(mel2wav.ups)
     ]
     window = mel2wav.stft_window.double()
-    first, last = _ends(window)
     weights = VocoderWeights(
         f0_convs=tuple(sequence_conv(each) for each in mel2wav.f0_predictor.condnet[::2]),
         f0_head=linear(mel2wav.f0_predictor.classifier),
@@ -148,9 +147,8 @@ def pack_vocoder(mel2wav: Any, dtype: torch.dtype | None = None) -> VocoderWeigh
         stages=tuple(stages),
         conv_post=sequence_conv(mel2wav.conv_post),
         analysis=_analysis(window).to(weight),
-        synthesis=_synthesis(window).to(weight),
-        first=first.to(weight),
-        last=last.to(weight),
+        window=window.to(weight),
+        istft=istft,
         upsample=int(mel2wav.f0_upsamp.scale_factor),
         slope=mel2wav.lrelu_slope,
         limit=mel2wav.audio_limit,
@@ -192,28 +190,6 @@ def _angles() -> Tensor:
 def _analysis(window: Tensor) -> Tensor:
     angles = _angles().to(window.device)
     return window[:, None] * torch.cat([angles.cos(), -angles.sin()], dim=1)
-
-
-def _synthesis(window: Tensor) -> Tensor:
-    angles = _angles().to(window.device)
-    twice = window.new_full((BINS,), 2.0)
-    twice[0] = twice[-1] = 1.0  # every other frequency stands for its mirror image too
-    imaginary = -angles.sin() * twice
-    imaginary[:, 0] = imaginary[:, -1] = 0.0  # what is imaginary there is ignored by an inverse FFT
-    basis = torch.cat([angles.cos() * twice, imaginary], dim=1) * window[:, None] / N_FFT
-    everywhere = _overlap(window).sum(0).repeat(N_FFT // HOP)
-    return (basis / everywhere[:, None]).T[:, None].contiguous()
-
-
-def _ends(window: Tensor) -> tuple[Tensor, Tensor]:
-    """At both ends of the wave one of the four windows is missing."""
-    overlap = _overlap(window)
-    return overlap.sum(0) / overlap[:-1].sum(0), overlap.sum(0) / overlap[1:].sum(0)
-
-
-def _overlap(window: Tensor) -> Tensor:
-    """``(4, 4)``: what each window that reaches a sample adds to it, for samples n, n + 1, ..."""
-    return window.square().view(N_FFT // HOP, HOP)
 
 
 def f0(weights: VocoderWeights, mel: Tensor) -> Tensor:
@@ -265,24 +241,11 @@ def decode(
         for each in rest:
             total = total.add_(block(each, x))
         x = total.div_(len(stage.blocks))
-    magnitude, phase = weights.conv_post(F.leaky_relu(x)).split(BINS, dim=-1)
-    wave = istft(weights, magnitude.exp(), phase.sin())
-    return wave.clamp_(-weights.limit, weights.limit)
+    spectrum = weights.conv_post(F.leaky_relu(x)).contiguous()
+    return ops.istft_by(weights.istft)(spectrum, weights.window, weights.limit)
 
 
 def stft(weights: VocoderWeights, wave: Tensor) -> Tensor:
     """``torch.stft`` of ``(B, L)``: ``(B, L / 4 + 1, 18)``, real parts and then imaginary ones."""
     padded = F.pad(wave[:, None], (N_FFT // 2, N_FFT // 2), mode="reflect").squeeze(1)
     return padded.unfold(1, N_FFT, HOP) @ weights.analysis
-
-
-def istft(weights: VocoderWeights, magnitude: Tensor, phase: Tensor) -> Tensor:
-    """``torch.istft`` of ``(B, M, 9)``: ``(B, 4 (M - 1))``; a magnitude counts up to 100."""
-    magnitude = magnitude.clamp(max=LOUDEST)
-    spectrum = torch.cat([magnitude * phase.cos(), magnitude * phase.sin()], dim=-1)
-    wave = F.conv_transpose1d(
-        spectrum.transpose(1, 2), weights.synthesis, stride=HOP, padding=N_FFT // 2
-    ).squeeze(1)
-    wave[:, :HOP].mul_(weights.first)
-    wave[:, -HOP:].mul_(weights.last)
-    return wave
