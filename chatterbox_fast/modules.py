@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
-from typing import Any
+from types import MethodType
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -32,26 +34,58 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def fingerprint(root: nn.Module) -> tuple[Any, ...]:
-    """Changes when anything is set on a module in `root`, hooked to it or written to a parameter.
+class Fingerprint(NamedTuple):
+    """What a module and its parts are made of, to see whether that has changed.
 
-    That is: parameters and buffers replaced, moved or written to as `signature` sees it, attributes
-    set, hooks added, modules exchanged. What changes inside of an attribute does not show.
+    Attributes:
+        things: every attribute, parameter, buffer and submodule. Kept, so that none of them can
+            make room for another one at its address.
+        numbers: where parameters and buffers lie, how often they were written to; the hooks' keys.
     """
-    found: list[Any] = []
-    modules = [root]
-    while modules:
-        own = vars(modules.pop())
-        # A number's address may be another's after two changes; a module's or a dict's is not.
-        found.extend(v if isinstance(v, (int, float, str)) else id(v) for v in own.values())
-        for tensors in (own["_parameters"], own["_buffers"]):
-            for tensor in tensors.values():
-                if tensor is not None:
-                    version = 0 if tensor.is_inference() else tensor._version
-                    found += (tensor.data_ptr(), tensor.device, tensor.dtype, version)
-        found += (*own["_forward_hooks"], *own["_forward_pre_hooks"])
-        modules.extend(module for module in own["_modules"].values() if module is not None)
-    return tuple(found)
+
+    things: list[Any]
+    numbers: list[Any]
+
+    def same(self, other: Fingerprint) -> bool:
+        """Whether nothing was set, moved, written to, hooked or exchanged in between.
+
+        What changes inside of an attribute does not show; for the rest see `signature`.
+        """
+        return (
+            len(self.things) == len(other.things)
+            and all(map(operator.is_, self.things, other.things))
+            and self.numbers == other.numbers
+        )
+
+
+def fingerprint(root: nn.Module) -> Fingerprint:
+    """The fingerprint of a module as it is; what replaces its own methods is left out.
+
+    Some twenty attributes of a thousand modules, at every call: hence no function calls.
+    """
+    things: list[Any] = [v for v in vars(root).values() if not isinstance(v, MethodType)]
+    numbers: list[Any] = []
+    tensors: list[Any] = []
+    modules: list[Any] = [root]
+    for module in modules:  # which grows meanwhile
+        own = module.__dict__
+        if module is not root:
+            things.extend(own.values())
+        if own["_parameters"]:
+            tensors.extend(own["_parameters"].values())
+        if own["_buffers"]:
+            tensors.extend(own["_buffers"].values())
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            numbers.append((*own["_forward_hooks"], *own["_forward_pre_hooks"]))
+        if own["_modules"]:
+            modules.extend(m for m in own["_modules"].values() if m is not None)
+    for tensor in tensors:
+        if tensor is not None:
+            version = 0 if tensor.is_inference() else tensor._version
+            numbers.append((tensor.data_ptr(), tensor.dtype, tensor.device, version))
+    things += modules[1:]
+    things += tensors
+    return Fingerprint(things, numbers)
 
 
 def why_not_called(roots: Iterable[nn.Module]) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..compiling import compiled
 from ..dispatch import Choice, choose, requested_backend
 from ..graph import CaptureError, capture, graphs_wanted, settle, why_no_graph
-from ..modules import fingerprint
+from ..modules import Fingerprint, fingerprint
 from ..ops import HEAD_DIM
 from ..options import Options
 from ..precision import choose_float
@@ -172,7 +172,8 @@ class Engines(Generic[Engine]):
         self._make, self._why_unsupported = make, why_unsupported
         self._options = options
         self._lock = Lock()
-        self._of: WeakKeyDictionary[Any, tuple[Any, Engine | str]] = WeakKeyDictionary()
+        self._of: WeakKeyDictionary[Any, tuple[Any, Fingerprint, Engine | str]]
+        self._of = WeakKeyDictionary()
 
     def of(self, module: Any) -> Engine | str:
         """The engine of `module`, or why stock must run.
@@ -183,15 +184,14 @@ class Engines(Generic[Engine]):
             return "torch.autocast is on"
         with self._lock:
             asked = requested_backend(self._options.backend), graphs_wanted()
-            now = asked, fingerprint(module)
-            known = self._of.get(module)
-            if known is not None and known[0] == now:
-                return known[1]
+            now, known = fingerprint(module), self._of.get(module)
+            if known is not None and known[0] == asked and known[1].same(now):
+                return known[2]
             self._of.pop(module, None)
             found: Engine | str | None = self._why_unsupported(module)
             if found is None:
                 # Not as inference tensors, which a caller outside of inference mode could not use.
                 with torch.inference_mode(False), torch.no_grad():
                     found = self._make(module, self._options)
-            self._of[module] = (now, found)
+            self._of[module] = (asked, now, found)
             return found
