@@ -23,7 +23,7 @@ from .bucket import Bucket, Flow, bucket_for
 from .encoder import encode, pack_encoder
 from .flow import EAGER, TimeTable, compiled_blocks, condition, pack_flow, solve, time_table
 from .layers import without_onednn
-from .vocoder import pack_vocoder, res_block
+from .vocoder import decode, pack_vocoder
 
 TABLES = 4
 """Numbers of Euler steps whose tables are kept."""
@@ -140,7 +140,8 @@ class VocoderEngine:
         precision, why: what the matrices are stored in, and why.
         istft: what runs the op of that name, and why.
         weights: the weights.
-        block: what runs a residual block, eager or compiled.
+        decode: from mel and source to audio, eager or compiled: one graph for any length, as its
+            residual blocks are of twelve kinds.
     """
 
     def __init__(self, mel2wav: Any, options: Options) -> None:
@@ -150,7 +151,7 @@ class VocoderEngine:
         # The spectrum is float32 whatever the precision.
         self.istft = choose("istft", weight.device, options.backend, weight.dtype)
         self.weights = pack_vocoder(mel2wav, narrow, self.istft.backend)
-        self.block = compiled(res_block) if options.compile else res_block
+        self.decode = compiled(decode) if options.compile else decode
         settle(weight.device)
 
 

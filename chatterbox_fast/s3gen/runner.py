@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .engine import FlowEngine, VocoderEngine
-from .vocoder import Draws, VocoderWeights, decode, f0, source
+from .vocoder import Draws, VocoderWeights, f0, source
 
 
 class Utterance(NamedTuple):
@@ -142,7 +142,7 @@ def vocoder_inference(
     excitation = source(vocoder, f0(vocoder, mel), draws)
     if cache_source.shape[2] != 0:
         excitation[:, :, : cache_source.shape[2]] = cache_source
-    return decode(vocoder, mel, excitation, engine.block), excitation
+    return engine.decode(vocoder, mel, excitation), excitation
 
 
 def draw_source(

@@ -9,7 +9,6 @@ on the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,12 +46,11 @@ class ResBlock(NamedTuple):
 
     layers: tuple[tuple[Snake, SequenceConv, Snake, SequenceConv], ...]
 
-
-def res_block(block: ResBlock, x: Tensor) -> Tensor:
-    """``(B, T, C)``, as x, which is not changed."""
-    for snake1, conv1, snake2, conv2 in block.layers:
-        x = conv2(snake2(conv1(snake1(x)))).add_(x)
-    return x
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(B, T, C)``, as x, which is not changed."""
+        for snake1, conv1, snake2, conv2 in self.layers:
+            x = conv2(snake2(conv1(snake1(x)))).add_(x)
+        return x
 
 
 class Upsampling(NamedTuple):
@@ -218,28 +216,19 @@ def source(weights: VocoderWeights, pitch: Tensor, draws: Draws) -> Tensor:
     return weights.merge(waves.transpose(1, 2)).tanh_().transpose(1, 2)
 
 
-def decode(
-    weights: VocoderWeights,
-    mel: Tensor,
-    excitation: Tensor,
-    block: Callable[[ResBlock, Tensor], Tensor] = res_block,
-) -> Tensor:
-    """The waveform ``(B, L)`` of mel ``(B, T, 80)`` and its excitation ``(B, 1, L)``.
-
-    Args:
-        block: `res_block`, or that compiled.
-    """
+def decode(weights: VocoderWeights, mel: Tensor, excitation: Tensor) -> Tensor:
+    """The waveform ``(B, L)`` of mel ``(B, T, 80)`` and its excitation ``(B, 1, L)``."""
     spectrum = stft(weights, excitation.squeeze(1))
     x = weights.conv_pre(mel)
     for stage in weights.stages:
         x = stage.up(F.leaky_relu(x, weights.slope))
         if stage is weights.stages[-1]:
             x = torch.cat([x[:, 1:2], x], dim=1)  # one reflected sample: as long as the spectrum
-        x = x.add_(block(stage.source_block, stage.source_down(spectrum)))
+        x = x.add_(stage.source_block(stage.source_down(spectrum)))
         first, *rest = stage.blocks
-        total = block(first, x)
-        for each in rest:
-            total = total.add_(block(each, x))
+        total = first(x)
+        for block in rest:
+            total = total.add_(block(x))
         x = total.div_(len(stage.blocks))
     spectrum = weights.conv_post(F.leaky_relu(x)).contiguous()
     return ops.istft_by(weights.istft)(spectrum, weights.window, weights.limit)

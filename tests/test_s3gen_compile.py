@@ -1,0 +1,95 @@
+"""patch(model, compile=True) of S3Gen: no graph break, one graph for all blocks and lengths."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from s3gen_toolkit import relative, rough_s3gen
+from torch._dynamo.utils import counters
+
+from chatterbox_fast.options import Options
+from chatterbox_fast.s3gen import flow as flow_module
+from chatterbox_fast.s3gen.engine import FlowEngine, VocoderEngine
+from chatterbox_fast.s3gen.flow import EAGER, Given, estimate
+from chatterbox_fast.s3gen.layers import without_onednn
+from chatterbox_fast.s3gen.vocoder import decode
+
+COMPILED = Options(compile=True)
+
+
+@pytest.fixture(scope="module")
+def s3gen() -> Any:
+    return rough_s3gen()
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Any:
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.inference_mode():
+        yield
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def inputs(frames: int) -> tuple[torch.Tensor, ...]:
+    source = torch.Generator().manual_seed(frames)
+    mu, prompt, noise = (torch.randn(1, frames, 80, generator=source) for _ in range(3))
+    return mu, noise[:, 0], prompt, noise
+
+
+def test_the_solvers_blocks(s3gen: Any) -> None:
+    engine, plain = FlowEngine(s3gen.flow, COMPILED), FlowEngine(s3gen.flow, Options())
+    assert engine.blocks is not EAGER
+    for frames in (20, 26, 41):
+        own = inputs(frames)
+        assert relative(engine.solve(*own, 3), plain.solve(*own, 3)) < 1e-5
+    assert not counters["graph_break"]
+    # Transformers are alike; residual blocks differ in width: from the middle's, and from two.
+    assert 0 < graphs() <= 4
+
+
+def test_padded_rows_are_compiled_too(s3gen: Any) -> None:
+    engine = FlowEngine(s3gen.flow, COMPILED)
+    block = engine.solver.middle[0].transformers[0]
+    x = torch.randn(2, 12, block.qkv.weight.shape[1])
+    lengths = torch.tensor([9, 12], dtype=torch.int32)
+    found = engine.blocks.transformer(block, x, lengths)
+    expected = EAGER.transformer(block, x, lengths)
+    assert relative(found[0, :9], expected[0, :9]) < 1e-5
+    assert relative(found[1], expected[1]) < 1e-5
+    assert not counters["graph_break"]
+
+
+def test_the_vocoder(s3gen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as ever; what inductor makes of it takes minutes, so it is run as traced."""
+    compile = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compile)
+    engine = VocoderEngine(s3gen.mel2wav, COMPILED)
+    assert engine.decode is not decode
+    for frames in (5, 9):
+        mel = torch.randn(1, frames, 80)
+        excitation = 0.2 * torch.randn(1, 1, 480 * frames)
+        found = engine.decode(engine.weights, mel, excitation)
+        assert relative(found, decode(engine.weights, mel, excitation)) < 1e-4
+    assert not counters["graph_break"]
+    assert graphs() == 1
+
+
+def test_a_whole_step_is_one_graph(s3gen: Any) -> None:
+    """compile=True compiles a block, for all; nothing in a step forbids to compile it whole."""
+    weights = without_onednn(FlowEngine(s3gen.flow, Options()).solver)
+    table = flow_module.time_table(s3gen.flow.decoder, 2)
+    whole = torch.compile(estimate, fullgraph=True, dynamic=True, backend="eager")
+    for frames in (14, 23):
+        mu, speaker, prompt, noise = inputs(frames)
+        given: Given = flow_module.condition(weights, mu, speaker, prompt)
+        found = whole(weights, given, noise, table.shifts[0])
+        assert relative(found, estimate(weights, given, noise, table.shifts[0])) < 1e-5
+    assert not counters["graph_break"]
+    assert graphs() <= 2
