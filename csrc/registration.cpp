@@ -17,4 +17,5 @@ TORCH_LIBRARY(chatterbox_fast, library) {
   library.def(
       "resample(Tensor waveform, Tensor filters, Tensor? first=None, *, int stride, int left, "
       "SymInt length) -> Tensor");
+  library.def("snake(Tensor x, Tensor alpha, Tensor inverse) -> Tensor");
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 import bench_cfg_sample
 import bench_resample
+import bench_snake
 import pytest
 import t3_decode
 import table
@@ -62,6 +63,15 @@ def test_what_is_timed_resamples(case: str) -> None:
         bench_resample.verify(job, make(job))
     with pytest.raises(AssertionError):
         bench_resample.verify(job, lambda: 1.001 * bench_resample.extension(job)())
+
+
+@pytest.mark.parametrize("case", bench_snake.CASES)
+def test_what_is_timed_is_snake(case: str) -> None:
+    job = bench_snake.Job(*bench_snake.CASES[case], CPU)
+    for make in (bench_snake.stock, bench_snake.extension, bench_snake.reference):
+        bench_snake.verify(job, make(job))
+    with pytest.raises(AssertionError):
+        bench_snake.verify(job, lambda: 1.05 * bench_snake.extension(job)())
 
 
 # ---- time in a CUDA graph

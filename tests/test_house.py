@@ -24,7 +24,7 @@ PLACES = (
 
 
 def test_there_are_schemas() -> None:
-    assert SCHEMAS == ["cfg_sample", "skinny_linear", "decode_attention", "resample"]
+    assert SCHEMAS == ["cfg_sample", "skinny_linear", "decode_attention", "resample", "snake"]
 
 
 @pytest.mark.parametrize("op", SCHEMAS)
