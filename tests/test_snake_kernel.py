@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ DRIVER = build.HERE / "snake.cpp"
 FEW = ((2, 7, 65), (3, 9, 1), (1, 37, 64), (1, 2, 1032), (1, 3, 1025), (2, 3, 5, 24), (2, 0, 8))
 """Whole packs and single elements, one tile a row and several, a last block that is not full."""
 ALIGNED = (0, 0, 0, 0)
+EACH = 2
+"""Rows a thread, kSnakeEach."""
 
 
 def by_kernel(
@@ -125,8 +128,10 @@ def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
     assert len(entries) == 3 * 2, "in packs or not"
     ptx = (tmp_path / "kernels.ptx").read_text()
     assert "sin.approx" not in ptx, "which is of no use for large arguments"
-    assert "ld.global.v4" in ptx, "16 bytes at a time"
-    assert "st.global.v4" in ptx
+    for kernel in (text for text in ptx.split(".entry ")[1:] if "Li1EEE" not in text):
+        assert len(re.findall(r"st\.global\.v4", kernel)) == EACH, "16 bytes at a time"
+        assert "st.global.u16" not in kernel
+        assert len(re.findall(r"ld\.global\.v4", kernel)) >= EACH + 2, "of x, alpha and inverse"
     for entry in entries if arch in ("89", "90") else ():
         assert entry.shared == 0
         assert entry.spilled == 0

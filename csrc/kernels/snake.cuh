@@ -37,8 +37,9 @@ struct SnakeArgs {
   T* out;
   long long rows, channels;  // R, C
   // Set by launch_snake:
-  int tiles;  // of a row
-  int wide;   // packs of a tile; the last one may be narrower
+  long long packs;  // of a row
+  int tiles;        // of a row
+  int wide;         // packs of a tile; the last one may be narrower
 };
 
 RT_DEVICE float snake_of(float x, float alpha, float inverse) {
@@ -50,16 +51,16 @@ template <typename T, int kPack>
 RT_GLOBAL void RT_LAUNCH_BOUNDS(kSnakeThreads) snake_kernel(SnakeArgs<T> args) {
   const int deep = blockDim.x / args.wide;  // rows that a block makes at a time
   const long long tile = blockIdx.x % args.tiles, group = blockIdx.x / args.tiles;
-  const long long channel = (tile * args.wide + threadIdx.x % args.wide) * kPack;
-  if (channel >= args.channels) return;
-  const auto alpha = load_pack<kPack>(args.alpha + channel);
-  const auto inverse = load_pack<kPack>(args.inverse + channel);
+  const long long column = tile * args.wide + threadIdx.x % args.wide;
+  if (column >= args.packs) return;
+  const auto alpha = load_pack<kPack>(args.alpha + column * kPack);
+  const auto inverse = load_pack<kPack>(args.inverse + column * kPack);
   const long long first = group * deep * kSnakeEach + threadIdx.x / args.wide;
   Pack<T, kPack> packs[kSnakeEach] = {};
 #pragma unroll
   for (int e = 0; e < kSnakeEach; ++e) {
     const long long row = first + e * deep;
-    if (row < args.rows) packs[e] = load_pack<kPack>(args.x + row * args.channels + channel);
+    if (row < args.rows) packs[e] = load_pack<kPack>(args.x + (row * args.packs + column) * kPack);
   }
 #pragma unroll
   for (int e = 0; e < kSnakeEach; ++e) {
@@ -70,15 +71,17 @@ RT_GLOBAL void RT_LAUNCH_BOUNDS(kSnakeThreads) snake_kernel(SnakeArgs<T> args) {
       const float x = rt::to_float(packs[e].items[i]);
       packs[e].items[i] = rt::from_float<T>(snake_of(x, alpha.items[i], inverse.items[i]));
     }
-    *reinterpret_cast<Pack<T, kPack>*>(args.out + row * args.channels + channel) = packs[e];
+    // Counted in packs: of a sum of elements nvcc does not see that it is aligned, and stores
+    // singly.
+    reinterpret_cast<Pack<T, kPack>*>(args.out)[row * args.packs + column] = packs[e];
   }
 }
 
 template <typename T, int kPack>
 rt::Error launch_snake_in_packs(SnakeArgs<T> args, rt::Stream stream) {
-  const long long packs = args.channels / kPack;
-  args.tiles = static_cast<int>((packs + kSnakeThreads - 1) / kSnakeThreads);
-  args.wide = static_cast<int>((packs + args.tiles - 1) / args.tiles);
+  args.packs = args.channels / kPack;
+  args.tiles = static_cast<int>((args.packs + kSnakeThreads - 1) / kSnakeThreads);
+  args.wide = static_cast<int>((args.packs + args.tiles - 1) / args.tiles);
   const int deep = kSnakeThreads / args.wide;
   const long long groups = (args.rows + deep * kSnakeEach - 1) / (deep * kSnakeEach);
   const auto grid = static_cast<unsigned>(groups * args.tiles);
