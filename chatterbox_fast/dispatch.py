@@ -14,7 +14,7 @@ from .options import Backend
 
 T3_OPS = ("cfg_sample", "skinny_linear", "decode_attention")
 """What T3's engine calls by name."""
-OPS = (*T3_OPS, "resample", "istft", "padded_attention")
+OPS = (*T3_OPS, "resample", "istft", "padded_attention", "snake")
 """Every op; each has at least its reference."""
 
 

@@ -405,6 +405,36 @@ def padded_attention_by(backend: str) -> Callable[..., Tensor]:
     return reference.padded_attention
 
 
+def snake(x: Tensor, alpha: Tensor, inverse: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """Snake's activation, channels last, in one launch: ``x + sin(alpha x)^2 * inverse``.
+
+    Args:
+        x, alpha, inverse: see `reference.snake`. Contiguous. Where one of them requires a gradient
+            the reference runs, which has one.
+        backend: which implementation to prefer, see `dispatch.choose`.
+
+    Returns:
+        Of x's shape and dtype.
+
+    Raises:
+        RuntimeError: an argument of another shape, dtype, layout or device than documented.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, inverse)):
+        backend = "reference"
+    return snake_by(_chosen("snake", x.device, backend, x.dtype))(x, alpha, inverse)
+
+
+def snake_by(backend: str) -> Callable[..., Tensor]:
+    """snake by a backend that `dispatch.choose` named, for callers that choose once."""
+    if backend == "extension":
+        return torch.ops.chatterbox_fast.snake.default
+    if backend == "triton":
+        from .triton_kernels.snake import snake as twin
+
+        return twin
+    return reference.snake
+
+
 if dispatch.extension_has("cfg_sample"):
 
     @torch.library.register_fake("chatterbox_fast::cfg_sample")
@@ -488,3 +518,10 @@ if dispatch.extension_has("padded_attention"):
     @torch.library.register_fake("chatterbox_fast::padded_attention")
     def _padded_attention_fake(qkv: Tensor, lengths: Tensor, heads: int) -> Tensor:
         return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)
+
+
+if dispatch.extension_has("snake"):
+
+    @torch.library.register_fake("chatterbox_fast::snake")
+    def _snake_fake(x: Tensor, alpha: Tensor, inverse: Tensor) -> Tensor:
+        return torch.empty_like(x)

@@ -433,3 +433,19 @@ def padded_attention(qkv: Tensor, lengths: Tensor, heads: int) -> Tensor:
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
     out = out.transpose(1, 2).reshape(rows, positions, -1)
     return out.masked_fill(~valid[..., None], 0).to(qkv.dtype)
+
+
+def snake(x: Tensor, alpha: Tensor, inverse: Tensor) -> Tensor:
+    """Snake's activation, channels last: ``x + sin(alpha x)^2 * inverse``.
+
+    Args:
+        x: ``(..., C)`` float32, float16 or bfloat16. Here alone float64 too.
+        alpha: ``(C,)`` float32 (float64 for float64), each channel's frequency.
+        inverse: ``(C,)`` like it; stock's Snake has ``1 / (alpha + 1e-9)``.
+
+    Returns:
+        Of x's shape and dtype, computed in float32 (float64) and rounded once. The sine is accurate
+        for arguments of any size.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.addcmul(wide, torch.sin(wide * alpha).square(), inverse).to(x.dtype)

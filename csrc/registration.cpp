@@ -19,4 +19,5 @@ TORCH_LIBRARY(chatterbox_fast, library) {
       "SymInt length) -> Tensor");
   library.def("istft(Tensor spectrum, Tensor window, float limit) -> Tensor");
   library.def("padded_attention(Tensor qkv, Tensor lengths, int heads) -> Tensor");
+  library.def("snake(Tensor x, Tensor alpha, Tensor inverse) -> Tensor");
 }

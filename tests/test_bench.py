@@ -13,6 +13,7 @@ from typing import Any
 import bench_cfg_sample
 import bench_padded_attention
 import bench_resample
+import bench_snake
 import end_to_end
 import pytest
 import s3gen as s3gen_bench
@@ -83,6 +84,15 @@ def test_what_is_timed_attends(case: str) -> None:
         bench_padded_attention.verify(bucket, make(bucket))
     with pytest.raises(AssertionError):
         bench_padded_attention.verify(bucket, lambda: bucket.by_sdpa(bucket.qkv))
+
+
+@pytest.mark.parametrize("case", bench_snake.CASES)
+def test_what_is_timed_is_snake(case: str) -> None:
+    job = bench_snake.Job(*bench_snake.CASES[case], CPU)
+    for make in (bench_snake.stock, bench_snake.extension, bench_snake.reference):
+        bench_snake.verify(job, make(job))
+    with pytest.raises(AssertionError):
+        bench_snake.verify(job, lambda: 1.05 * bench_snake.extension(job)())
 
 
 # ---- time in a CUDA graph

@@ -26,6 +26,7 @@ PLACES = (
 def test_there_are_schemas() -> None:
     assert SCHEMAS == [
         "cfg_sample", "skinny_linear", "decode_attention", "resample", "istft", "padded_attention",
+        "snake",
     ]  # fmt: skip
 
 

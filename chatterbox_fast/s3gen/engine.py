@@ -138,7 +138,7 @@ class VocoderEngine:
 
     Attributes:
         precision, why: what the matrices are stored in, and why.
-        istft: what runs the op of that name, and why.
+        snake, istft: what runs the ops of those names, and why.
         weights: the weights.
         decode: from mel and source to audio, eager or compiled: one graph for any length, as its
             residual blocks are of twelve kinds.
@@ -148,9 +148,14 @@ class VocoderEngine:
         weight = mel2wav.conv_pre.weight
         self.precision, dtype, self.why = choose_float(options, weight.device, weight.dtype)
         narrow = None if dtype == weight.dtype else dtype
+        self.snake = choose("snake", weight.device, options.backend, dtype)
+        if options.compile:
+            self.snake = Choice("reference", "torch.compile fuses it with what is around it")
         # The spectrum is float32 whatever the precision.
         self.istft = choose("istft", weight.device, options.backend, weight.dtype)
-        self.weights = pack_vocoder(mel2wav, narrow, self.istft.backend)
+        self.weights = pack_vocoder(
+            mel2wav, narrow, snake=self.snake.backend, istft=self.istft.backend
+        )
         self.decode = compiled(decode) if options.compile else decode
         settle(weight.device)
 

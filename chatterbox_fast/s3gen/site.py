@@ -55,6 +55,7 @@ def vocoder_site(s3gen: Any, options: Options) -> Site:
         return [
             Row("s3gen.vocoder", f"engine, {engine.precision}", backend, engine.why),
             describe_memory(s3gen.mel2wav, engine.weights),
+            Row("  snake", "op", *engine.snake),
             Row("  istft", "op", *engine.istft),
         ]
 

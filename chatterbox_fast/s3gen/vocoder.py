@@ -31,14 +31,15 @@ BINS = N_FFT // 2 + 1
 
 
 class Snake(NamedTuple):
-    """x + sin(alpha x)^2 / alpha; both are ``(C,)``."""
+    """x + sin(alpha x)^2 / alpha; both are ``(C,)``. `by` names the backend of the op."""
 
     alpha: Tensor
     inverse: Tensor
+    by: str
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(B, T, C)``, as x, which is not changed."""
-        return torch.addcmul(x, (x * self.alpha).sin_().square_(), self.inverse)
+        return ops.snake_by(self.by)(x, self.alpha, self.inverse)
 
 
 class ResBlock(NamedTuple):
@@ -115,14 +116,18 @@ class Draws(NamedTuple):
 
 
 def pack_vocoder(
-    mel2wav: Any, dtype: torch.dtype | None = None, istft: str = "reference"
+    mel2wav: Any,
+    dtype: torch.dtype | None = None,
+    *,
+    snake: str = "reference",
+    istft: str = "reference",
 ) -> VocoderWeights:
     """The weights of a `HiFTGenerator` that `why_vocoder_unsupported` has nothing against.
 
     Args:
         dtype: of the matrices between mel and spectrum; None is the model's own. F0, source,
             spectra and what makes the last one stay in that.
-        istft: the backend of the op of that name.
+        snake, istft: the backends of the ops of those names.
     """
     generator, weight = mel2wav.m_source.l_sin_gen, mel2wav.conv_pre.weight
     kernels = mel2wav.num_kernels
@@ -130,8 +135,11 @@ def pack_vocoder(
         Upsampling(
             up=sequence_conv_transpose(up),
             source_down=sequence_conv(mel2wav.source_downs[i]),
-            source_block=_res_block(mel2wav.source_resblocks[i]),
-            blocks=tuple(map(_res_block, mel2wav.resblocks[i * kernels : (i + 1) * kernels])),
+            source_block=_res_block(mel2wav.source_resblocks[i], snake),
+            blocks=tuple(
+                _res_block(block, snake)
+                for block in mel2wav.resblocks[i * kernels : (i + 1) * kernels]
+            ),
         )
         for i, up in enumerate(mel2wav.ups)
     ]
@@ -164,19 +172,19 @@ def pack_vocoder(
     )
 
 
-def _res_block(module: Any) -> ResBlock:
+def _res_block(module: Any, by: str) -> ResBlock:
     parts = (module.activations1, module.convs1, module.activations2, module.convs2)
     return ResBlock(
         tuple(
-            (_snake(snake1), sequence_conv(conv1), _snake(snake2), sequence_conv(conv2))
+            (_snake(snake1, by), sequence_conv(conv1), _snake(snake2, by), sequence_conv(conv2))
             for snake1, conv1, snake2, conv2 in zip(*parts, strict=True)
         )
     )
 
 
-def _snake(module: Any) -> Snake:
+def _snake(module: Any, by: str) -> Snake:
     alpha = module.alpha.detach()
-    return Snake(alpha, 1.0 / (alpha + module.no_div_by_zero))
+    return Snake(alpha, 1.0 / (alpha + module.no_div_by_zero), by)
 
 
 def _angles() -> Tensor:

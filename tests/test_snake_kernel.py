@@ -1,0 +1,138 @@
+"""snake's CUDA source: run on the CPU thread by thread, and compiled by nvcc for GPUs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from host_cuda import build
+from test_snake import FLOATING, SHAPES, check_stocks, inverse_of, noise, trained
+from toolkit import ARCHS, compile_kernels
+from torch import Tensor
+
+DRIVER = build.HERE / "snake.cpp"
+FEW = ((2, 7, 65), (3, 9, 1), (1, 37, 64), (1, 2, 1032), (1, 3, 1025), (2, 3, 5, 24), (2, 0, 8))
+"""Whole packs and single elements, one tile a row and several, a last block that is not full."""
+ALIGNED = (0, 0, 0, 0)
+EACH = 2
+"""Rows a thread, kSnakeEach."""
+
+
+def by_kernel(
+    x: Tensor, alpha: Tensor, inverse: Tensor,
+    ahead: tuple[int, int, int, int] = ALIGNED, **run: Any,
+) -> Tensor:  # fmt: skip
+    """The result of the kernel; `ahead`: how many elements lie before x, alpha, inverse and y."""
+    channels = x.shape[-1]
+    rows = x.numel() // channels if channels else 0
+    y = torch.full_like(x, -99.0)
+    arrays = [np.array([rows, channels, FLOATING.index(x.dtype), *ahead], np.int64)]
+    arrays += [behind(t, by) for t, by in zip((x, alpha, inverse, y), ahead, strict=True)]
+    assert build.run(DRIVER, arrays, **run) == build.Outcome()
+    return torch.from_numpy(arrays[-1][ahead[-1] :]).view(x.dtype).view_as(x)
+
+
+def behind(tensor: Tensor, by: int) -> np.ndarray:
+    """The same elements, of a type that numpy has, behind `by` others; numpy aligns the first."""
+    flat = tensor.flatten()
+    bits = flat.view(torch.int16) if flat.element_size() == 2 else flat
+    return np.concatenate([np.full(by, 7, bits.numpy().dtype), bits.numpy()])
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_is_stocks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, alpha = noise(shape, dtype), trained(shape[-1])
+    y = by_kernel(x, alpha, inverse_of(alpha))
+    check_stocks(y, x, alpha)
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("ahead", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 3, 0), (0, 0, 0, 1)], ids=str)
+def test_any_pointer_may_be_misaligned(
+    ahead: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    """With the same bits; UBSan sees a pack that is loaded from where none may be."""
+    for shape in ((1, 37, 64), (1, 2, 1032)):
+        x, alpha = noise(shape, dtype), trained(shape[-1])
+        arguments = x, alpha, inverse_of(alpha)
+        y = by_kernel(*arguments, ahead=ahead, variant="asan")
+        assert torch.equal(y, by_kernel(*arguments))
+
+
+def test_the_same_bits_in_every_order_and_for_a_row_alone() -> None:
+    for shape in FEW[:-1]:
+        x, alpha = noise(shape), trained(shape[-1])
+        y = by_kernel(x, alpha, inverse_of(alpha))
+        for order in build.ORDERS:
+            assert torch.equal(by_kernel(x, alpha, inverse_of(alpha), order=order, seed=3), y)
+        alone = by_kernel(x[..., -1, :].clone(), alpha, inverse_of(alpha))
+        assert torch.equal(alone, y[..., -1, :])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float_and_rounded_once(dtype: torch.dtype) -> None:
+    x, alpha = noise((2, 50, 65), dtype), trained(65)
+    y = by_kernel(x, alpha, inverse_of(alpha))
+    assert torch.equal(y, by_kernel(x.float(), alpha, inverse_of(alpha)).to(dtype))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_stay_where_they_are(bad: float) -> None:
+    x, alpha = noise((7, 20)), trained(20)
+    expected = by_kernel(x, alpha, inverse_of(alpha))
+    for place in range(0, x.numel(), 9):
+        own = x.clone()
+        own.flatten()[place] = bad
+        y = by_kernel(own, alpha, inverse_of(alpha))
+        assert y.flatten()[place].isnan()
+        y.flatten()[place] = expected.flatten()[place]
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("order", build.ORDERS)
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_address_and_undefined_behaviour_sanitizers(dtype: torch.dtype, order: Any) -> None:
+    """Each array ends where its last element does."""
+    for shape in FEW:
+        x, alpha = noise(shape, dtype), trained(shape[-1])
+        y = by_kernel(x, alpha, inverse_of(alpha), variant="asan", order=order, seed=3)
+        assert torch.equal(y, by_kernel(x, alpha, inverse_of(alpha)))
+
+
+@pytest.mark.parametrize("shape", FEW[:3], ids=str)
+def test_thread_sanitizer(shape: tuple[int, ...]) -> None:
+    x, alpha = noise(shape), trained(shape[-1])
+    y = by_kernel(x, alpha, inverse_of(alpha), variant="tsan", order="shuffled", seed=3)
+    assert torch.equal(y, by_kernel(x, alpha, inverse_of(alpha)))
+
+
+# ---- nvcc
+
+INSTANCES = """
+#include "kernels/snake.cuh"
+using namespace chatterbox_fast;
+template rt::Error chatterbox_fast::launch_snake(const SnakeArgs<float>&, rt::Stream);
+template rt::Error chatterbox_fast::launch_snake(const SnakeArgs<rt::half>&, rt::Stream);
+template rt::Error chatterbox_fast::launch_snake(const SnakeArgs<rt::bfloat16>&, rt::Stream);
+"""
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
+    entries = compile_kernels(INSTANCES, arch, tmp_path)
+    assert len(entries) == 3 * 2, "in packs or not"
+    ptx = (tmp_path / "kernels.ptx").read_text()
+    assert "sin.approx" not in ptx, "which is of no use for large arguments"
+    for kernel in (text for text in ptx.split(".entry ")[1:] if "Li1EEE" not in text):
+        assert len(re.findall(r"st\.global\.v4", kernel)) == EACH, "16 bytes at a time"
+        assert "st.global.u16" not in kernel
+        assert len(re.findall(r"ld\.global\.v4", kernel)) >= EACH + 2, "of x, alpha and inverse"
+    for entry in entries if arch in ("89", "90") else ():
+        assert entry.shared == 0
+        assert entry.spilled == 0
+        assert entry.registers <= 64, "four blocks a multiprocessor"

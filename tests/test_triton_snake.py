@@ -1,0 +1,107 @@
+"""The Triton twin of snake: in Triton's interpreter against float64, and compiled.
+
+The interpreter is chosen by an environment variable when triton is imported. It therefore runs in
+a process of its own, and the rest of the suite sees triton as it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_snake import FLOATING, SHAPES, check_stocks, further, inverse_of, noise, trained
+from toolkit import interpreting_triton
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+
+def by_twin(x: Tensor, alpha: Tensor, inverse: Tensor) -> Tensor:
+    from chatterbox_fast.triton_kernels.snake import snake as twin
+
+    return twin(x, alpha, inverse)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Any]:
+    """`by_twin` in a process where triton interprets."""
+    with interpreting_triton() as pool:
+        yield lambda *arguments: pool.submit(by_twin, *arguments).result()
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_is_stocks(interpreted: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, alpha = noise(shape, dtype), trained(shape[-1])
+    y = interpreted(x, alpha, inverse_of(alpha))
+    check_stocks(y, x, alpha)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_stay_where_they_are(interpreted: Any, bad: float) -> None:
+    x, alpha = noise((7, 20)), trained(20)
+    expected = interpreted(x, alpha, inverse_of(alpha))
+    x[3, 5] = bad
+    y = interpreted(x, alpha, inverse_of(alpha))
+    assert y[3, 5].isnan()
+    y[3, 5] = expected[3, 5]
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 4).double()}, "x must be float32, .*, got"),
+        ({"x": torch.zeros(())}, r"x must be \(\.\.\., C\), got \(\)"),
+        ({"x": torch.zeros(4, 2).T}, r"x must be contiguous, got strides \(1, 2\)"),
+        ({"x": torch.zeros(2, 4, device="meta")}, "alpha must be on meta, got cpu"),
+        ({"alpha": torch.zeros(3)}, r"alpha must be \(4,\), a number a channel, got \(3,\)"),
+        ({"alpha": torch.zeros(1, 4)}, r"alpha must be \(4,\), .* got \(1, 4\)"),
+        ({"alpha": torch.zeros(4).half()}, "alpha must be torch.float32, got"),
+        ({"inverse": torch.zeros(5)}, r"inverse must be \(4,\), .* got \(5,\)"),
+        ({"inverse": torch.zeros(8)[::2]}, r"inverse must be contiguous, got strides \(2,\)"),
+        ({"inverse": torch.zeros(4, device="meta")}, "inverse must be on cpu, got meta"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    arguments = {"x": torch.zeros(2, 4), "alpha": torch.zeros(4), "inverse": torch.zeros(4)}
+    with pytest.raises(RuntimeError, match=f"chatterbox_fast::snake: {message}"):
+        by_twin(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("architecture", [89, 90])
+@pytest.mark.parametrize("element", ["fp32", "bf16"])
+def test_it_compiles(architecture: int, element: str) -> None:
+    """With an accurate sine; what is aligned is loaded 16 bytes at a time."""
+    from chatterbox_fast.triton_kernels import snake as twin
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {"ROWS": 16, "CHANNELS": 64}
+    types = {"x": f"*{element}", "alpha": "*fp32", "inverse": "*fp32", "y": f"*{element}",
+             "rows": "i32", "channels": "i32"} | dict.fromkeys(constants, "constexpr")  # fmt: skip
+    aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 5)}
+    source = ASTSource(twin.snake_kernel, types, constants, aligned)
+    target = GPUTarget("cuda", architecture, 32)
+    asm = compile(source, target=target, options=twin.LAUNCH).asm
+    assert len(asm["cubin"]) > 0
+    assert "sin.approx" not in asm["ptx"]
+    assert "ld.global.v4.b32" in asm["ptx"]
+    assert "st.global.v4.b32" in asm["ptx"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_results_on_a_gpu(dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        x, alpha = noise(shape, dtype), trained(shape[-1])
+        own = [t.cuda() for t in (x, alpha, inverse_of(alpha))]
+        y = by_twin(*own)
+        check_stocks(y.cpu(), x, alpha)
+        assert torch.equal(by_twin(further(own[0], 1), *own[1:]), y)

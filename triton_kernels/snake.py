@@ -1,0 +1,87 @@
+"""Triton twin of snake: one launch, a block of rows and channels a program.
+
+    x (..., C) float32, float16 or bfloat16; alpha, inverse (C,) float32 -> as x
+
+Equivalent to: chatterbox_fast/reference.py, ``snake``.
+
+Arithmetic: float32 for every dtype, the sine by libdevice's ``sinf``, accurate for arguments of any
+size; half precision is rounded once, at the end.
+
+Expected bound: bytes, one read and one write of x.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import checks
+
+_must = functools.partial(checks.must, "snake")
+
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+ELEMENTS, MOST_CHANNELS = 1024, 128
+"""Of a program: all of them, and how many lie side by side at most."""
+LAUNCH = {"num_warps": 4}
+
+
+@triton.jit(do_not_specialize=["rows"])
+def snake_kernel(
+    x, alpha, inverse, y, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """ROWS rows of CHANNELS channels."""
+    tiles = tl.cdiv(channels, CHANNELS)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(0) % tiles * CHANNELS + tl.arange(0, CHANNELS)
+    is_channel = channel < channels
+    own_alpha = tl.load(alpha + channel, mask=is_channel, other=0)
+    own_inverse = tl.load(inverse + channel, mask=is_channel, other=0)
+    place = row[:, None] * channels + channel[None, :]
+    wanted = (row < rows)[:, None] & is_channel[None, :]
+    own = tl.load(x + place, mask=wanted, other=0).to(tl.float32)
+    sine = tl.sin(own_alpha[None, :] * own)
+    total = own + sine * sine * own_inverse[None, :]
+    tl.store(y + place, total.to(y.dtype.element_ty), mask=wanted)
+
+
+def snake(x: Tensor, alpha: Tensor, inverse: Tensor) -> Tensor:
+    """Snake's activation, channels last. CUDA tensors, or CPU tensors in Triton's interpreter.
+
+    Args:
+        x, alpha, inverse: see `reference.snake`. Contiguous.
+
+    Returns:
+        Of x's shape and dtype.
+
+    Raises:
+        RuntimeError: an argument of another shape, dtype, layout or device than documented.
+    """
+    _check(x, alpha, inverse)
+    # Triton's interpreter does not round to bfloat16, it truncates.
+    y = torch.empty_like(x, dtype=x.dtype if x.is_cuda else torch.float32)
+    if y.numel() == 0:
+        return y.to(x.dtype)
+    channels = x.shape[-1]
+    rows, wide = x.numel() // channels, min(MOST_CHANNELS, triton.next_power_of_2(channels))
+    deep = ELEMENTS // wide
+    with torch.cuda.device_of(x):
+        snake_kernel[(triton.cdiv(rows, deep) * triton.cdiv(channels, wide),)](
+            x, alpha, inverse, y, rows, channels, ROWS=deep, CHANNELS=wide, **LAUNCH
+        )
+    return y.to(x.dtype)
+
+
+def _check(x: Tensor, alpha: Tensor, inverse: Tensor) -> None:
+    """As csrc/snake.cpp checks."""
+    _must(x.dtype in _FLOATING, "x", "float32, float16 or bfloat16", x.dtype)
+    _must(x.dim() >= 1, "x", "(..., C)", tuple(x.shape))
+    _must(x.is_contiguous(), "x", "contiguous", f"strides {x.stride()}")
+    channels = x.shape[-1]
+    for name, numbers in (("alpha", alpha), ("inverse", inverse)):
+        checks.dense("snake", numbers, name, torch.float32, x.device)
+        must = f"({channels},), a number a channel"
+        _must(numbers.shape == (channels,), name, must, tuple(numbers.shape))
