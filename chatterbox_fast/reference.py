@@ -391,7 +391,8 @@ def istft(spectrum: Tensor, window: Tensor, limit: float) -> Tensor:
     wide = torch.promote_types(spectrum.dtype, torch.float32)
     if spectrum.shape[0] == 0:  # torch's FFT on a CPU takes no empty batch
         return spectrum.new_empty(0, _HOP * (spectrum.shape[1] - 1), dtype=wide)
-    log_magnitude, angle = spectrum.to(wide).chunk(2, dim=-1)
+    # Contiguous: torch's elementwise functions are slow on rows of nine.
+    log_magnitude, angle = (half.contiguous() for half in spectrum.to(wide).chunk(2, dim=-1))
     magnitude, phase = log_magnitude.exp().clamp(max=_LOUDEST), angle.sin()
     bins = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
     weights = window.to(wide).expand(1, spectrum.shape[1], _DFT_SIZE)
