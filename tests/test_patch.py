@@ -15,6 +15,8 @@ from tqdm import tqdm
 import chatterbox_fast
 from chatterbox_fast import dispatch, patch, patched, report, unpatch
 from chatterbox_fast.patch import Row
+from chatterbox_fast.t3 import weights
+from chatterbox_fast.t3.engine import Engine, Engines
 from chatterbox_fast.t3.site import Packing
 from chatterbox_fast.t3.support import why_unsupported
 from chatterbox_fast.testing import random_model, random_t3
@@ -353,16 +355,72 @@ def test_a_backbone_that_was_replaced_is_left_alone(english: Any) -> None:
         english.t3.tfmr = backbone
 
 
+def engines_of(model: Any) -> Engines:
+    changes = model._chatterbox_fast.changes
+    (engines,) = (change.engines for change in changes if isinstance(change, Packing))
+    return engines
+
+
 def test_the_guard_brings_weights_home_for_good(english: Any) -> None:
     """Whoever calls the backbone itself finds its weights there, and keeps them."""
-    moved = []
     with patched(english):
         guard = vars(english.t3.tfmr)["forward"]
-        changes = english._chatterbox_fast.changes
-        (engines,) = (change.engines for change in changes if isinstance(change, Packing))
+        engines = engines_of(english)
         assert engines._may_send(english.t3.tfmr)
         guard(inputs_embeds=torch.zeros(1, 2, english.t3.dim))
         assert not engines._may_send(english.t3.tfmr)
-        moved.append(engines)
     assert "forward" not in vars(english.t3.tfmr)
-    assert not moved[0]._may_send(english.t3.tfmr), "nobody would bring them home after unpatch"
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Makes a CPU's engine send matrices away, as a GPU's does; the ids of those that are."""
+    there: set[int] = set()
+    monkeypatch.setattr(Engine, "replaces_originals", property(lambda _: True))
+    for name, change in (("send_to_host", there.update), ("bring_home", there.difference_update)):
+        monkeypatch.setattr(
+            weights.Originals,
+            name,
+            lambda self, change=change: change({id(matrix) for matrix in self.matrices}),
+        )
+    return there
+
+
+def test_nothing_is_sent_away_once_weights_are_given_back(english: Any, away: set[int]) -> None:
+    """unpatch() takes the guard out after: a request in between must not send them again."""
+    with patched(english):
+        engines = engines_of(english)
+        english.generate(TEXT, seed=1)
+        assert len(away) == 7 * len(english.t3.tfmr.layers)
+        engines.release(english.t3)
+        assert away == set()
+        english.generate(TEXT, seed=1)
+        assert away == set()
+
+
+def in_training(t3: Any) -> None:
+    t3.train()
+
+
+def with_a_hook(t3: Any) -> None:
+    t3.speech_head.register_forward_hook(lambda *_: None)
+
+
+def with_an_adapter(t3: Any) -> None:
+    attention = t3.tfmr.layers[0].self_attn
+    attention.q_proj = torch.nn.Sequential(attention.q_proj)
+
+
+def in_half_precision(t3: Any) -> None:
+    t3.half()
+
+
+@pytest.mark.parametrize("later", [in_training, with_a_hook, with_an_adapter, in_half_precision])
+def test_unpatch_brings_weights_home_whatever_became_of_t3(later: Any, away: set[int]) -> None:
+    model = random_model("english", "tiny")
+    patch(model)
+    assert len(away) == 7 * len(model.t3.tfmr.layers)
+    later(model.t3)
+    assert row(model, "t3.inference").runs == "stock"
+    unpatch(model)
+    assert away == set()

@@ -14,7 +14,7 @@ from safetensors.torch import save_model
 from chatterbox_fast import ops, patch, patched, precision, report, unpatch
 from chatterbox_fast.options import Options
 from chatterbox_fast.precision import choose_precision
-from chatterbox_fast.t3 import weights
+from chatterbox_fast.t3 import engine, weights
 from chatterbox_fast.t3.support import why_unsupported
 from chatterbox_fast.testing import random_t3
 
@@ -162,6 +162,33 @@ def test_a_kernel_that_fails_its_self_test_is_not_used(monkeypatch: pytest.Monke
         assert why in chosen.why
     precision._failed_self_test.cache_clear()
     assert choose_precision(Options(precision="int8"), CPU, torch.float32).precision == "int8"
+
+
+def test_originals_come_home_to_where_the_model_is_now(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer's matrices, and those alone; the norms are where the user put the model."""
+    matrices = {id(p) for p in tiny.tfmr.layers.parameters() if p.dim() == 2}
+    originals = weights.Originals.of(tiny.tfmr)
+    assert {id(matrix) for matrix in originals.matrices} == matrices
+    assert originals.at_home is tiny.tfmr.norm.weight
+    moves: list[str] = []
+    monkeypatch.setattr(weights.Originals, "_move", lambda _, where: moves.append(where.type))
+    elsewhere = originals._replace(at_home=torch.nn.Parameter(torch.zeros(1, device="meta")))
+    elsewhere.send_to_host()
+    elsewhere.bring_home()
+    assert moves == ["cpu", "meta"]
+
+
+def test_weights_are_there_for_every_stream_once_they_are_packed(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    pack = weights.pack
+    monkeypatch.setattr(weights, "pack", lambda *how: (pack(*how), done.append("packed"))[0])
+    monkeypatch.setattr(engine, "settle", lambda _: done.append("settled"))
+    engine.Engine(tiny, Options())
+    assert done == ["packed", "settled"]
 
 
 def test_precisions_that_a_device_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:

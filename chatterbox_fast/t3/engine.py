@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary, WeakMethod, WeakSet
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from .decode_step import decode_step
 from .pool import Slot, SlotPool
 from .prefill import MOST_VOICES, VoicePrefix, check_conditioning, voice_prefix
 from .state import CAPACITIES, DecodeState
-from .support import why_unsupported
 
 
 class Engine:
@@ -43,6 +42,7 @@ class Engine:
         self.options = options
         self.precise = choose_precision(options, self.device, own)
         self.weights = packing.pack(t3, self.precise)
+        settle(self.device)
         self.layers = compiled() if options.compile else EAGER
         self.sampler = dispatch.choose("cfg_sample", self.device, options.backend, own).backend
         self.eager_because = why_no_graph(self.device, self.sampler)
@@ -123,16 +123,14 @@ class Engine:
 
 
 class Engines:
-    """The engines of one patch: one for each module that runs the patched method.
-
-    That is the T3 that was patched, and any deep copy of it.
-    """
+    """The engine of one patch's T3, made anew where that T3 changes. It does not keep it alive."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._lock = Lock()
         self._of: WeakKeyDictionary[Any, tuple[Any, Engine]] = WeakKeyDictionary()
-        self._at_home: WeakSet[Any] = WeakSet()
+        self._sent: packing.Originals | None = None
+        self._at_home = False
 
     def of(self, t3: Any) -> Engine:
         """The engine of `t3`; a new one where its weights have changed since the last request."""
@@ -144,7 +142,8 @@ class Engines:
             self._of.pop(t3, None)
             engine = Engine(t3, self._options)
             if engine.replaces_originals and self._may_send(t3.tfmr):
-                packing.send_to_host(t3.tfmr)
+                self._sent = packing.Originals.of(t3.tfmr)
+                self._sent.send_to_host()
             self._of[t3] = ((asked, signature(t3)), engine)
             return engine
 
@@ -153,24 +152,27 @@ class Engines:
 
         Once they were needed they stay, so that they never move under somebody's forward.
         """
-        return tfmr not in self._at_home and is_ours(vars(tfmr).get("forward"))
+        return not self._at_home and is_ours(vars(tfmr).get("forward"))
 
-    def bring_home(self, tfmr: Any) -> None:
-        """Brings a backbone's weights to where its norms are, for good."""
+    def bring_home(self) -> None:
+        """Brings the weights that wait on the host to where they belong, for good."""
         with self._lock:
-            self._at_home.add(tfmr)
-            packing.bring_home(tfmr)
+            self._bring_home()
 
     def release(self, t3: Any) -> None:
-        """Gives `t3` its own weights back, as they were before `of`."""
+        """Gives `t3` its own weights back, as they were before `of`, for good."""
         with self._lock:
             _, engine = self._of.pop(t3, (None, None))
             if engine is not None:
                 engine.clear()
                 del engine
-            if why_unsupported(t3) is None:
-                packing.bring_home(t3.tfmr)
-            self._at_home.clear()
+            self._bring_home()
+
+    def _bring_home(self) -> None:
+        self._at_home = True
+        if self._sent is not None:
+            self._sent.bring_home()
+            self._sent = None
 
 
 def is_out_of_memory(failure: BaseException) -> bool:

@@ -124,7 +124,7 @@ def home_guard(t3: Any, engines: Engines) -> Override:
 
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        engines.bring_home(self)
+        engines.bring_home()
         return stock(self, *args, **kwargs)
 
     return Override(t3.tfmr, "forward", bound(forward, t3.tfmr))

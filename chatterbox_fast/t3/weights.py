@@ -7,7 +7,7 @@
   in a decode step, all that lies between the matrices stay in float32, which is why the error is
   smaller than that of a model converted as a whole.
 - On a GPU the copy takes the place of the layers' own matrices. Those wait on the host, bit for
-  bit, until `bring_home`.
+  bit, until `Originals.bring_home`.
 """
 
 from __future__ import annotations
@@ -149,21 +149,30 @@ def _norm(norm: Any) -> Norm:
     return Norm(norm.weight.detach(), norm.variance_epsilon)
 
 
-def send_to_host(tfmr: Any) -> None:
-    """Keeps the layers' own matrices on the host; norms stay where they are."""
-    _move_projections(tfmr, torch.device("cpu"))
+class Originals(NamedTuple):
+    """The layers' own matrices of a backbone, found once: a module may look otherwise later."""
 
+    matrices: list[nn.Parameter]
+    at_home: nn.Parameter  # it never leaves, and moves where the user moves the model
 
-def bring_home(tfmr: Any) -> None:
-    """Undoes `send_to_host`: the layers' own matrices are where their norms are."""
-    _move_projections(tfmr, tfmr.norm.weight.device)
+    @classmethod
+    def of(cls, tfmr: Any) -> Originals:
+        """Those of a backbone that `why_unsupported` has nothing against."""
+        return cls(projection_weights(tfmr), tfmr.norm.weight)
 
+    def send_to_host(self) -> None:
+        """Keeps them on the host; norms and embeddings stay where they are."""
+        self._move(torch.device("cpu"))
 
-def _move_projections(tfmr: Any, device: torch.device) -> None:
-    with torch.inference_mode(False), torch.no_grad():
-        for parameter in projection_weights(tfmr):
-            if parameter.device != device:
-                parameter.data = parameter.detach().to(device)
+    def bring_home(self) -> None:
+        """Undoes `send_to_host`, whatever has become of the model since."""
+        self._move(self.at_home.device)
+
+    def _move(self, device: torch.device) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter in self.matrices:
+                if parameter.device != device:
+                    parameter.data = parameter.detach().to(device)
 
 
 def bytes_of(weights: T3Weights) -> int:
