@@ -22,7 +22,7 @@ from chatterbox_fast.t3.engine import Engine, Engines
 from chatterbox_fast.t3.pool import AT_ONCE, Slot, SlotPool
 from chatterbox_fast.t3.prefill import MOST_VOICES
 from chatterbox_fast.t3.state import DecodeState
-from chatterbox_fast.testing import random_t3
+from chatterbox_fast.testing import random_model, random_t3
 
 TEXT = torch.tensor([[255, 40, 41, 42, 0]])
 
@@ -440,8 +440,10 @@ def test_decoding_on_a_gpu_does_not_wait(t3_cond: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_originals_wait_on_the_host_and_come_back(english: Any) -> None:
-    model = copy.deepcopy(english)
+@pytest.mark.parametrize("training", [False, True])
+def test_originals_wait_on_the_host_and_come_back(training: bool) -> None:
+    """Also of a T3 that is not the engine's any more when it is unpatched."""
+    model = random_model("english", "tiny")
     model.t3.cuda()
     before = {name: value.clone() for name, value in model.t3.state_dict().items()}
     devices = {name: value.device for name, value in before.items()}
@@ -452,6 +454,9 @@ def test_originals_wait_on_the_host_and_come_back(english: Any) -> None:
         x = torch.zeros(1, 3, model.t3.dim, device="cuda")
         model.t3.tfmr(inputs_embeds=x)  # who calls the module itself finds its weights at home
         assert model.t3.tfmr.layers[0].self_attn.q_proj.weight.is_cuda
+    with patched(model, precision="bf16"):
+        assert model.t3.tfmr.layers[0].self_attn.q_proj.weight.is_cpu
+        model.t3.train(training)
     for name, value in model.t3.state_dict().items():
         assert value.device == devices[name], name
         assert torch.equal(value, before[name]), name

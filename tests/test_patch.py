@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -113,11 +114,41 @@ def stock_after_seed(model: Any, seed: int, **arguments: Any) -> torch.Tensor:
     return model.generate(TEXT, **arguments)
 
 
-def test_a_deep_copy_runs_on_its_own_weights(english: Any) -> None:
+OURS = {"inference", "embed_ref", "generate", "forward", "__reduce_ex__", "_chatterbox_fast"}
+
+
+def test_deep_copies_and_pickles_of_a_patched_model_are_stock(english: Any) -> None:
+    """Also of one that is patched twice: another model shares its modules."""
+    english.conds = None  # a voice with gradients, which torch does not deep-copy
+    other = object.__new__(type(english))
+    vars(other).update(vars(english))
+    patch(english, watermark=False)
+    patch(other)
+    copied = copy.deepcopy(english)
+    parts = [copy.deepcopy(english.t3), copy.copy(english.s3gen.flow), copy.deepcopy(english.s3gen)]
+    parts.append(pickle.loads(pickle.dumps(english.s3gen.flow)))
+    unpatch(other)
+    unpatch(english)
+    for part in (copied, copied.t3, copied.t3.tfmr, copied.s3gen, copied.s3gen.flow,
+                 copied.s3gen.mel2wav, *parts, parts[0].tfmr, parts[2].flow):  # fmt: skip
+        assert OURS.isdisjoint(vars(part)), type(part)
+    assert report(copied)[0].why == "not patched"
+    assert unpatch(copied) is copied
+    assert not isinstance(copied.watermarker, NoWatermark)
+    for ours, theirs in ((english.t3, copied.t3), (english.s3gen.flow, parts[3])):
+        for name, value in ours.state_dict().items():
+            assert torch.equal(value, theirs.state_dict()[name]), name
+    with patched(copied):
+        assert copied.t3.inference.__self__ is copied.t3
+
+
+def test_weights_come_home_to_be_copied(english: Any, away: set[int]) -> None:
+    """A copy whose weights were on two devices could not speak."""
+    english.conds = None
     with patched(english):
-        for part in (english.t3, english.s3gen.flow, english.s3gen.mel2wav):
-            copied = copy.deepcopy(part)
-            assert copied.inference.__self__ is copied
+        assert away
+        copy.deepcopy(english)
+        assert away == set()
 
 
 def test_threads_that_patch_at_once_patch_once(english: Any) -> None:

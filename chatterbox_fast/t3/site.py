@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import dispatch
 from ..options import Options
-from ..overrides import Change, Override, bound
+from ..overrides import REDUCE, Change, Override, bound, reduce_as_stock
 from ..request import current_request
 from ..rng import drawing_by_name
 from ..site import Row, Site
@@ -33,7 +33,7 @@ def packing_changes(t3: Any, engines: Engines) -> list[Change]:
     packing = Packing(t3, engines)
     if why_unsupported(t3) is not None:  # its backbone may not even be transformers'
         return [packing]
-    return [home_guard(t3, engines), packing]
+    return [*home_guards(t3, engines), packing]
 
 
 @dataclass
@@ -114,11 +114,11 @@ def make_t3_inference(stock: Callable[..., Any], *, engines: Engines) -> Callabl
     return inference
 
 
-def home_guard(t3: Any, engines: Engines) -> Override:
-    """The backbone's forward, for all who call it, stock's loop among them.
+def home_guards(t3: Any, engines: Engines) -> list[Change]:
+    """The backbone's forward, for all who call it, stock's loop among them; and its copies.
 
-    The engine does not. It may keep the backbone's weights on the host: they come home first, and
-    stay.
+    The engine does not call it. It may keep the backbone's weights on the host: they come home
+    first, and stay.
     """
     stock = type(t3.tfmr).forward
 
@@ -127,4 +127,9 @@ def home_guard(t3: Any, engines: Engines) -> Override:
         engines.bring_home()
         return stock(self, *args, **kwargs)
 
-    return Override(t3.tfmr, "forward", bound(forward, t3.tfmr))
+    def reduce(self: Any, protocol: Any) -> Any:
+        engines.bring_home()
+        return reduce_as_stock(self, protocol)
+
+    guards = {"forward": forward, REDUCE: reduce}
+    return [Override(t3.tfmr, name, bound(guard, t3.tfmr)) for name, guard in guards.items()]
