@@ -12,9 +12,7 @@ import torch
 from . import _ext
 from .options import Backend
 
-T3_OPS = ("cfg_sample", "skinny_linear", "decode_attention")
-"""What T3's engine calls by name."""
-OPS = (*T3_OPS, "resample")
+OPS = ("cfg_sample", "skinny_linear", "decode_attention", "resample")
 """Every op; each has at least its reference."""
 
 

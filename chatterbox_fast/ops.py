@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
+from . import fakes as fakes  # registers them
 from .options import Backend
 
 MAX_VOCABULARY = 65536
@@ -122,26 +123,47 @@ def cfg_sample(
     Raises:
         RuntimeError: an argument of another shape, dtype or device than documented.
     """
+    choice = dispatch.choose("cfg_sample", logits.device, backend, logits.dtype)
+    return cfg_sample_by(choice.backend)(
+        logits, seen, params, flags, stop_token=stop_token, stop_action=stop_action, turbo=turbo,
+        forget=forget, generator=generator, philox=philox,
+    )  # fmt: skip
+
+
+def cfg_sample_by(backend: str) -> Callable[..., Tensor]:
+    """cfg_sample by a backend that `dispatch.choose` named, for callers that choose once."""
+    return functools.partial(_cfg_sample, backend)
+
+
+def _cfg_sample(
+    backend: str,
+    logits: Tensor,
+    seen: Tensor,
+    params: Tensor,
+    flags: Tensor,
+    *,
+    stop_action: Tensor | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    philox: Tensor | None = None,
+    **rules: Any,
+) -> Tensor:
     if philox is None and isinstance(generator, Sequence):
         return _row_by_row(
-            logits, seen, params, flags, generator, stop_token=stop_token,
-            stop_action=stop_action, turbo=turbo, forget=forget, backend=backend,
-        )  # fmt: skip
-    choice = dispatch.choose("cfg_sample", logits.device, backend, logits.dtype)
-    if philox is None and logits.is_cuda and choice.backend != "reference":
+            backend, logits, seen, params, flags, generator, stop_action=stop_action, **rules
+        )
+    if philox is None and logits.is_cuda and backend != "reference":
         raise RuntimeError("chatterbox_fast::cfg_sample: philox must be given on CUDA, got None")
     threads = 0 if philox is None else philox_threads(seen.shape[1], logits.device)
-    rules: dict[str, Any] = {"stop_token": stop_token, "turbo": turbo, "forget": forget}
-    if choice.backend == "extension":
+    if backend == "extension":
         return torch.ops.chatterbox_fast.cfg_sample.default(
             logits, seen, params, flags, philox, stop_action,
             generator if philox is None else None, philox_threads=threads, **rules,
         )  # fmt: skip
-    if choice.backend == "triton" and philox is not None:
+    if backend == "triton" and philox is not None:
         from .triton_kernels.cfg_sample import cfg_sample as twin
 
         return twin(logits, seen, params, flags, philox, stop_action, threads, **rules)
-    noise = _noise(seen, params, generator, philox, threads)
+    noise = sampling_noise(seen, params, generator, philox, logits.device)
     return reference.cfg_sample(
         logits, seen, params, flags, noise, stop_action=stop_action, **rules
     )
@@ -160,22 +182,25 @@ def philox_threads(vocabulary: int, device: torch.device) -> int:
     return reference.philox_threads(vocabulary, threads)
 
 
-def _noise(
+def sampling_noise(
     seen: Tensor,
     params: Tensor,
-    generator: torch.Generator | None,
+    generator: Any,
     philox: Tensor | None,
-    threads: int,
+    device: torch.device,
 ) -> Tensor:
+    """The numbers ``(R, V)`` that `cfg_sample` draws with on `device`; `philox` is advanced."""
     rows, vocabulary = seen.shape
     if philox is None:
         return reference.exponential(rows, vocabulary, params, generator)
+    threads = philox_threads(vocabulary, device)
     noise = reference.philox_exponential(philox, vocabulary, threads).to(params.dtype)
     philox[:, 1] += reference.philox_increment(vocabulary, threads)
     return noise
 
 
 def _row_by_row(
+    backend: str,
     logits: Tensor,
     seen: Tensor,
     params: Tensor,
@@ -195,8 +220,8 @@ def _row_by_row(
     for r, generator in enumerate(generators):
         one = slice(r, r + 1)
         action = None if stop_action is None else stop_action[one]
-        token = cfg_sample(
-            logits[r::rows].contiguous(), seen[one], params[one], flags[one],
+        token = _cfg_sample(
+            backend, logits[r::rows].contiguous(), seen[one], params[one], flags[one],
             generator=generator, stop_action=action, **rules,
         )  # fmt: skip
         tokens.append(token)
@@ -336,74 +361,3 @@ def resample_by(backend: str) -> Callable[..., Tensor]:
 
         return twin
     return reference.resample
-
-
-if dispatch.extension_has("cfg_sample"):
-
-    @torch.library.register_fake("chatterbox_fast::cfg_sample")
-    def _cfg_sample_fake(
-        logits: Tensor,
-        seen: Tensor,
-        params: Tensor,
-        flags: Tensor,
-        philox: Tensor | None = None,
-        stop_action: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        *,
-        stop_token: int,
-        turbo: bool = False,
-        forget: int = -1,
-        philox_threads: int = 0,
-    ) -> Tensor:
-        return seen.new_empty(seen.shape[0], dtype=torch.long)
-
-
-if dispatch.extension_has("skinny_linear"):
-
-    @torch.library.register_fake("chatterbox_fast::skinny_linear")
-    def _skinny_linear_fake(
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor | None = None,
-        norm: Tensor | None = None,
-        residual: Tensor | None = None,
-        *,
-        eps: float = 0.0,
-        gated: bool = False,
-    ) -> Tensor:
-        return x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
-
-
-if dispatch.extension_has("decode_attention"):
-
-    @torch.library.register_fake("chatterbox_fast::decode_attention")
-    def _decode_attention_fake(
-        qkv: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        position: Tensor,
-        flags: Tensor,
-        cos: Tensor | None = None,
-        sin: Tensor | None = None,
-        watched: Tensor | None = None,
-        probabilities: Tensor | None = None,
-        arrivals: Tensor | None = None,
-        *,
-        splits: int = 0,
-    ) -> Tensor:
-        return qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])
-
-
-if dispatch.extension_has("resample"):
-
-    @torch.library.register_fake("chatterbox_fast::resample")
-    def _resample_fake(
-        waveform: Tensor,
-        filters: Tensor,
-        first: Tensor | None = None,
-        *,
-        stride: int,
-        left: int,
-        length: int,
-    ) -> Tensor:
-        return waveform.new_empty(waveform.shape[0], length)

@@ -43,7 +43,7 @@ def slots(made: list[tuple[int, int]]) -> SlotPool:
     def make(rows: int, capacity: int) -> Slot:
         made.append((rows, capacity))
         rotary = (torch.zeros(capacity, 64), torch.zeros(capacity, 64))
-        state = DecodeState.allocate(weights, rotary, rows=rows, stop_token=0)
+        state = DecodeState.allocate(weights, rotary, rows=rows, stop_token=0, sampler="reference")
         return Slot(state, lambda *_: None)
 
     return SlotPool(make)
@@ -63,6 +63,11 @@ def test_idle_buffers_are_used_again_and_few_are_kept(monkeypatch: pytest.Monkey
         assert len(made) == 3
     with kept.lease(1, 256):
         assert made[3:] == [(1, 256)]
+    monkeypatch.setattr(pool, "KEPT_BYTES", 2 * slot.state.bytes - 1)
+    with kept.lease(1, 512):
+        before = len(kept)
+        assert before > 0
+    assert len(kept) == before, "larger than all that is kept: gone, and nobody else for it"
     kept.clear()
     assert len(kept) == 0
 

@@ -268,6 +268,9 @@ def test_changes_after_patching_are_noticed(english: Any) -> None:
         assert same_audio(english.generate(TEXT, seed=3), first)
         t3.double()
         assert row(english, "t3.inference").runs == "engine, exact"
+        float64 = "float64 is computed by the reference alone"
+        assert row(english, "  skinny_linear")[2:] == ("torch", float64)
+        assert row(english, "  decode_attention")[2:] == ("reference", float64)
         double = copy.copy(english.conds.t3).to(dtype=torch.float64)
         text = torch.tensor([[255, 40, 0]] * 2)
         arguments = {"t3_cond": double, "text_tokens": text, "max_new_tokens": 5}

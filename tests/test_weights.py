@@ -11,7 +11,7 @@ import torch
 from conftest import engine_of
 from safetensors.torch import save_model
 
-from chatterbox_fast import ops, patch, patched, precision, report, unpatch
+from chatterbox_fast import patch, patched, report, selftest, unpatch
 from chatterbox_fast.options import Options
 from chatterbox_fast.precision import choose_precision
 from chatterbox_fast.t3 import engine, weights
@@ -136,34 +136,6 @@ def test_a_patch_that_cannot_pack_leaves_the_model_alone(
     assert "forward" not in vars(english.t3.tfmr)
 
 
-def test_a_kernel_that_fails_its_self_test_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ops.skinny_linear_by("extension")
-
-    def wrong_with(dtype: torch.dtype) -> Any:
-        return lambda x, w, *rest, **how: right(x, w, *rest, **how) * (1 + (w.dtype == dtype) / 100)
-
-    def raises(x: Any, w: Any, _: Any, *rest: Any, **how: Any) -> Any:
-        return right(x, w, None, *rest, **how)
-
-    def no_norm(x: Any, w: Any, scale: Any, _: Any, *rest: Any, **how: Any) -> Any:
-        return right(x, w, scale, None, *rest, **how)
-
-    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
-    for kernel, why in (
-        *((wrong_with(dtype), f"wrong on this machine with {dtype}") for dtype in dtypes),
-        (no_norm, "wrong on this machine with torch.float32"),
-        (raises, "skinny_linear raises: chatterbox_fast::skinny_linear"),
-    ):
-        precision._failed_self_test.cache_clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(ops, "skinny_linear_by", lambda _, kernel=kernel: kernel)
-            chosen = choose_precision(Options(precision="int8"), CPU, torch.float32)
-        assert (chosen.precision, chosen.kernel) == ("exact", "torch")
-        assert why in chosen.why
-    precision._failed_self_test.cache_clear()
-    assert choose_precision(Options(precision="int8"), CPU, torch.float32).precision == "int8"
-
-
 def test_originals_come_home_to_where_the_model_is_now(
     tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,9 +175,9 @@ def test_precisions_that_a_device_does_not_have(monkeypatch: pytest.MonkeyPatch)
     assert choose("int8", backend="reference").why == (
         "int8 needs the kernel skinny_linear: asked for"
     )
-    assert choose("exact", backend="reference").kernel == "torch"
+    assert choose("exact", backend="reference").linear.backend == "torch"
     cuda = torch.device("cuda")
-    monkeypatch.setattr(precision, "_failed_self_test", lambda *_: None)
+    monkeypatch.setattr(selftest, "why_failed", lambda *_: None)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 5))
     assert choose_precision(Options(), cuda, torch.float32)[:2] == ("fp16", torch.float16)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 9))

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, WeakMethod
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, ops, selftest
 from ..graph import capture, graphs_wanted, settle, why_no_graph
 from ..modules import signature
 from ..options import Options
@@ -23,6 +23,7 @@ from .decode_step import decode_step
 from .pool import Slot, SlotPool
 from .prefill import MOST_VOICES, VoicePrefix, check_conditioning, voice_prefix
 from .state import CAPACITIES, DecodeState
+from .support import head_dim
 
 
 class Engine:
@@ -30,6 +31,7 @@ class Engine:
 
     Attributes:
         precise: the precision that was chosen, and why.
+        choices: what runs each op, and why.
         weights: packed for prefill and for decoding.
         layers: the layer functions, eager or compiled.
         slots: buffers of requests.
@@ -41,16 +43,32 @@ class Engine:
         self.device: torch.device = t3.device
         self.options = options
         self.precise = choose_precision(options, self.device, own)
-        self.weights = packing.pack(t3, self.precise)
+        self.choices = {
+            "cfg_sample": selftest.choose("cfg_sample", self.device, options.backend, own),
+            "skinny_linear": self.precise.linear,
+            "decode_attention": self._choose_attention(head_dim(t3.cfg), own),
+        }
+        attention = self.choices["decode_attention"].backend
+        self.weights = packing.pack(t3, self.precise, attention)
         settle(self.device)
         self.layers = compiled() if options.compile else EAGER
-        self.sampler = dispatch.choose("cfg_sample", self.device, options.backend, own).backend
         self.eager_because = why_no_graph(self.device, self.sampler)
         self.stop_token: int = t3.hp.stop_speech_token
         new_slot = WeakMethod(self._new_slot)  # no cycle: an engine's memory is freed with it
         self.slots = SlotPool(lambda rows, capacity: new_slot()(rows, capacity))  # type: ignore[misc]
         self._voices: Recent[bytes, VoicePrefix] = Recent(MOST_VOICES)
         self._rotary = t3.tfmr.rotary_emb
+
+    def _choose_attention(self, width: int, own: torch.dtype) -> dispatch.Choice:
+        if width != ops.HEAD_DIM:
+            why = f"the kernels take heads of {ops.HEAD_DIM}, these are {width} wide"
+            return dispatch.Choice("reference", why)
+        return selftest.choose("decode_attention", self.device, self.options.backend, own)
+
+    @property
+    def sampler(self) -> str:
+        """The backend of cfg_sample."""
+        return self.choices["cfg_sample"].backend
 
     @property
     def replaces_originals(self) -> bool:
@@ -103,7 +121,7 @@ class Engine:
             self.rotary(capacity),
             rows=rows,
             stop_token=self.stop_token,
-            backend=self.options.backend,
+            sampler=self.sampler,
             philox=self.draws_on_device,
         )
 

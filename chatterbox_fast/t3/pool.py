@@ -84,10 +84,12 @@ class SlotPool:
         return self._make(rows, capacity)
 
     def give_back(self, slot: Slot) -> None:
-        """Keeps `slot` for the next request; the one idle for longest goes."""
+        """Keeps `slot` for the next request; those idle for longest go, or it where it is too large."""
+        if slot.state.bytes > KEPT_BYTES:
+            return
         with self._lock:
             self._idle.append(slot)
-            while len(self._idle) > 1 and sum(s.state.bytes for s in self._idle) > KEPT_BYTES:
+            while sum(s.state.bytes for s in self._idle) > KEPT_BYTES:
                 del self._idle[0]
 
     def clear(self) -> None:

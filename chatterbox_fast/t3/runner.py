@@ -78,8 +78,9 @@ def inference(
     initial = check_initial_speech_tokens(t3, initial_speech_tokens)
     try:
         voice = engine.voice(t3, t3_cond)
+        given = 1 if initial is None else initial.shape[1]
+        check_length(voice.length + text.shape[1] + given + 1, limit)
         embeds = text_embeds(t3, text, initial, cfg_weight)
-        check_length(voice.length + embeds.shape[1], limit)
         return _speak(engine, voice, embeds, sampling, t3.hp.start_speech_token, limit, generator)
     except RuntimeError as failure:
         if not is_out_of_memory(failure):

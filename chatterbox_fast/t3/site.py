@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
-from .. import dispatch
 from ..options import Options
 from ..overrides import REDUCE, Change, Override, bound, reduce_as_stock
 from ..request import current_request
@@ -78,8 +77,7 @@ def describe_t3(t3: Any, engines: Engines) -> list[Row]:
         Row("t3.inference", f"engine, {engine.precise.precision}", backend, "; ".join(why)),
         describe_memory(t3, engine),
     ]
-    for op in dispatch.T3_OPS:
-        choice = dispatch.choose(op, device, engine.options.backend)
+    for op, choice in engine.choices.items():
         rows.append(Row(f"  {op}", "op", choice.backend, choice.reason))
     return rows
 
@@ -131,5 +129,7 @@ def home_guards(t3: Any, engines: Engines) -> list[Change]:
         engines.bring_home()
         return reduce_as_stock(self, protocol)
 
-    guards = {"forward": forward, REDUCE: reduce}
-    return [Override(t3.tfmr, name, bound(guard, t3.tfmr)) for name, guard in guards.items()]
+    return [
+        Override(t3.tfmr, "forward", bound(forward, t3.tfmr)),
+        Override(t3.tfmr, REDUCE, bound(reduce, t3.tfmr)),
+    ]
