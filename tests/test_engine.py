@@ -467,6 +467,44 @@ def test_originals_wait_on_the_host_and_come_back(training: bool) -> None:
         assert torch.equal(value, before[name]), name
 
 
+def test_a_new_engine_does_not_wait_for_the_memory_of_the_old(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does one that could not be made leave it behind; the next request makes one."""
+    engines = Engines(Options())
+    gone = weakref.ref(engines.of(tiny))
+
+    def full(*_: Any) -> None:
+        assert gone() is None
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to 2.00 GiB")
+
+    with torch.no_grad():
+        tiny.speech_head.weight[0] += 0.0
+    with monkeypatch.context() as patch:
+        patch.setattr("chatterbox_fast.t3.weights.pack", full)
+        with pytest.raises(torch.OutOfMemoryError, match=r"out of memory on cpu.*2.00 GiB"):
+            engines.of(tiny)
+    assert engines.of(tiny) is engines.of(tiny)
+
+
+def test_a_request_that_no_cache_holds_costs_no_embedding(
+    tiny: Any, t3_cond: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "text_embeds", lambda *_: pytest.fail("embedded"))
+    monkeypatch.setattr(runner, "CAPACITIES", (100,))
+    start = voice_of_length(tiny, t3_cond) + TEXT.shape[1] + 7 + 1
+    with pytest.raises(ValueError, match=f"at most {100 - start} after {start} positions"):
+        tokens_of(
+            tiny, t3_cond=t3_cond, text_tokens=TEXT, max_new_tokens=101 - start,
+            initial_speech_tokens=torch.zeros(1, 7, dtype=torch.long),
+        )  # fmt: skip
+
+
+def voice_of_length(t3: Any, cond: Any) -> int:
+    with torch.inference_mode():
+        return engine_of(t3).voice(t3, cond).length
+
+
 def test_a_request_that_no_cache_holds_is_refused() -> None:
     """All that precedes the tokens counts."""
     runner.check_length(4000, 4192)

@@ -130,7 +130,7 @@ def test_a_patch_that_cannot_pack_leaves_the_model_alone(
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(weights, "pack", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match=r"T3 ran out of memory on cpu\..*\(full\)"):
         patch(english)
     assert report(english)[0].why == "not patched"
     assert "forward" not in vars(english.t3.tfmr)

@@ -151,19 +151,35 @@ class Engines:
         self._at_home = False
 
     def of(self, t3: Any) -> Engine:
-        """The engine of `t3`; a new one where its weights have changed since the last request."""
+        """The engine of `t3`; a new one where its weights have changed since the last request.
+
+        Raises:
+            torch.OutOfMemoryError: the weights could not be packed.
+        """
         with self._lock:
             asked = dispatch.requested_backend(self._options.backend), graphs_wanted()
-            known = self._of.get(t3)
-            if known is not None and known[0] == (asked, signature(t3)):
-                return known[1]
+            known, engine = self._of.get(t3, (None, None))
+            if engine is not None and known == (asked, signature(t3)):
+                return engine
+            del engine  # its memory is the new one's
             self._of.pop(t3, None)
-            engine = Engine(t3, self._options)
-            if engine.replaces_originals and self._may_send(t3.tfmr):
-                self._sent = packing.Originals.of(t3.tfmr)
-                self._sent.send_to_host()
-            self._of[t3] = ((asked, signature(t3)), engine)
-            return engine
+            try:
+                engine = self._new(t3)
+            except RuntimeError as failure:
+                if not is_out_of_memory(failure):
+                    raise
+                said = str(failure)
+            else:
+                self._of[t3] = ((asked, signature(t3)), engine)
+                return engine
+            raise out_of_memory(t3.device, said)
+
+    def _new(self, t3: Any) -> Engine:
+        engine = Engine(t3, self._options)
+        if engine.replaces_originals and self._may_send(t3.tfmr):
+            self._sent = packing.Originals.of(t3.tfmr)
+            self._sent.send_to_host()
+        return engine
 
     def _may_send(self, tfmr: Any) -> bool:
         """Whether a backbone's weights may wait on the host: somebody brings them home for others.
@@ -199,15 +215,16 @@ def is_out_of_memory(failure: BaseException) -> bool:
     return cpu or isinstance(failure, torch.OutOfMemoryError)
 
 
-def out_of_memory(engine: Engine, said: str) -> torch.OutOfMemoryError:
-    """Frees what the engine keeps between requests; the error to raise, once the request is gone.
+def out_of_memory(device: torch.device, said: str) -> torch.OutOfMemoryError:
+    """The error to raise, once the request is gone and what was kept for others is cleared.
 
     Args:
         said: torch's own message. Not its exception, which keeps the request's buffers alive.
     """
-    engine.clear()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return torch.OutOfMemoryError(
-        f"chatterbox_fast: T3 ran out of memory on {engine.device}. Its cached buffers, graphs and "
+        f"chatterbox_fast: T3 ran out of memory on {device}. Its cached buffers, graphs and "
         "voices are freed now, and the model is usable. Fewer requests at once, a shorter text or "
         f"precision='bf16' need less. ({said})"
     )

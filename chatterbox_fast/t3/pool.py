@@ -84,7 +84,7 @@ class SlotPool:
         return self._make(rows, capacity)
 
     def give_back(self, slot: Slot) -> None:
-        """Keeps `slot` for the next request; those idle for longest go, or it where it is too large."""
+        """Keeps `slot` for the next request unless it is too large; those idle for longest go."""
         if slot.state.bytes > KEPT_BYTES:
             return
         with self._lock:

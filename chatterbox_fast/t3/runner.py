@@ -86,7 +86,8 @@ def inference(
         if not is_out_of_memory(failure):
             raise
         said = str(failure)
-    raise out_of_memory(engine, said)
+    engine.clear()
+    raise out_of_memory(engine.device, said)
 
 
 def _speak(
