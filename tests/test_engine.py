@@ -6,7 +6,7 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from chatterbox_fast import patched, report
 from chatterbox_fast.options import Options
-from chatterbox_fast.t3 import pool, prefill, runner
+from chatterbox_fast.t3 import poll, pool, prefill, runner
+from chatterbox_fast.t3.decode_step import decode_step
 from chatterbox_fast.t3.engine import Engine, Engines
 from chatterbox_fast.t3.pool import AT_ONCE, Slot, SlotPool
 from chatterbox_fast.t3.prefill import MOST_VOICES
@@ -300,32 +301,41 @@ class Stream:
         self.used = used
 
 
+class Copy:
+    """Stands for poll.FlagCopy, which needs pinned memory and CUDA's events."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+        self._value: int | None = None
+
+    def take(self, flags: Tensor) -> None:
+        self._value = int(flags)
+
+    def read(self) -> int:
+        value, self._value = self._value, None
+        assert value is not None, "each copy is read once"
+        return value
+
+
 @pytest.fixture
-def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Stream]]:
-    """Makes a CPU poll as a GPU does, `steps` late, drawing from counters as a GPU does."""
-    delay, stream = [0], Stream()
-
-    class Late(runner.FlagPoll):
-        def __init__(self, late: bool) -> None:
-            assert late
-            self._seen: list[int] = []
-
-        def finished(self, flags: Tensor, drawn: int) -> bool:
-            self._seen.append(int(flags))
-            due = len(self._seen) > delay[0]
-            return due and runner._stopped(self._seen[-1 - delay[0]], f"token {drawn}")
+def late(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Stream]:
+    """Makes a CPU poll as a GPU does, every `steps`, drawing from counters as a GPU does."""
+    stream = Stream()
 
     def open_stream(state: DecodeState, *_: Any) -> Stream:
         assert state.philox is not None
         state.philox.copy_(torch.tensor([[7, 40]]))
         return stream
 
-    monkeypatch.setattr(runner, "FlagPoll", Late)
+    monkeypatch.setattr(Copy, "made", 0)
+    monkeypatch.setattr(poll, "FlagCopy", Copy)
     monkeypatch.setattr(runner, "_philox_stream", open_stream)
     monkeypatch.setattr(Engine, "draws_on_device", property(lambda _: True))
 
     def start(steps: int) -> Stream:
-        delay[0] = steps
+        monkeypatch.setattr(poll, "POLL_EVERY", steps)
         return stream
 
     return start
@@ -337,15 +347,42 @@ def test_polling_late_changes_nothing(
 ) -> None:
     t3 = random_t3("english", "tiny", stop_after=17)
     settings = {"t3_cond": t3_cond, "text_tokens": TEXT, "max_new_tokens": limit}
-    stream = late(0)
+    stream = late(1)
     expected = tokens_of(t3, **settings)
     assert expected.shape == (1, min(limit, 18))
     assert stream.used == min(limit, 18)
-    for steps in (1, 4, 9):
+    for steps in (2, 4, 9):
         late(steps)
         stream.used = -1
         assert torch.equal(tokens_of(t3, **settings), expected)
         assert stream.used == min(limit, 18)
+    assert Copy.made == 2, "the buffers of the next request are those of the last"
+
+
+def test_polling_late_outlives_a_growth_of_the_cache(
+    t3_cond: Any, late: Callable[[int], Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that is on its way is read, and no step is run that a GPU's host need not run."""
+    t3 = random_t3("english", "tiny", stop_after=17)
+    long = torch.tensor([[255, *[9] * 210, 0]])
+    late(3)
+    steps = watched_steps(monkeypatch)
+    drawn = tokens_of(t3, t3_cond=t3_cond, text_tokens=long, max_new_tokens=40)
+    assert drawn.shape == (1, 18)
+    assert sorted(set(steps)) == [256, 512]
+    assert len(steps) == 20, "21 drawn: what was copied at 18 is read at 21"
+
+
+def watched_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The capacities that decode steps run with from now on."""
+    steps: list[int] = []
+
+    def watched(weights: Any, state: DecodeState, *rest: Any) -> None:
+        steps.append(state.capacity)
+        decode_step(weights, state, *rest)
+
+    monkeypatch.setattr("chatterbox_fast.t3.engine.decode_step", watched)
+    return steps
 
 
 def test_a_failure_after_the_stop_token_does_not_matter(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import reference
 from ..ops import SamplingParams
 from ..request import current_request
 from ..rng import PhiloxStream
@@ -17,9 +16,6 @@ from .engine import Engine, is_out_of_memory, out_of_memory
 from .pool import Lease
 from .prefill import VoicePrefix, prefill, text_embeds
 from .state import CAPACITIES, DecodeState
-
-POLL_EVERY = 4
-"""Steps between two looks at the flags on a GPU, which then runs up to twice as many too far."""
 
 
 @torch.inference_mode()
@@ -141,7 +137,8 @@ def _decode(lease: Lease, generator: torch.Generator | None, start: int, limit: 
 
     On a GPU some are drawn after the stop token.
     """
-    poll = FlagPoll(late=lease.slot.state.philox is not None)
+    poll = lease.slot.poll
+    poll.start()
     hidden = not current_request().progress
     with tqdm(total=limit, desc="Sampling", dynamic_ncols=True, disable=hidden) as bar:
         for drawn in range(1, limit):
@@ -153,53 +150,6 @@ def _decode(lease: Lease, generator: torch.Generator | None, start: int, limit: 
         bar.update()
     poll.finish(lease.slot.state.flags, limit)
     return limit
-
-
-class FlagPoll:
-    """Reads a request's flags on the host: at every token, or late and rarely on a GPU.
-
-    There the flags are copied every `POLL_EVERY` steps, and a copy is looked at when the next one
-    is under way: the host waits for steps that are done, and the stream never runs dry.
-    """
-
-    def __init__(self, late: bool) -> None:
-        """`late`: tokens drawn too many cost nothing, as their random numbers are given back."""
-        self._late = late
-        self._copies: list[tuple[Tensor, torch.cuda.Event]] = []
-
-    def finished(self, flags: Tensor, drawn: int) -> bool:
-        """Whether the stop token is known to be among the `drawn` tokens.
-
-        Raises:
-            RuntimeError: a token had to be drawn from logits with a NaN or nothing finite.
-        """
-        if not self._late:
-            return _stopped(int(flags), f"token {drawn}")
-        if drawn % POLL_EVERY:
-            return False
-        copy = torch.empty(1, dtype=torch.int32, device="cpu", pin_memory=True)
-        copy.copy_(flags, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record(torch.cuda.current_stream(flags.device))
-        self._copies.append((copy, copied))
-        if len(self._copies) < 2:
-            return False
-        copy, copied = self._copies.pop(0)
-        copied.synchronize()
-        return _stopped(int(copy), f"a token before number {drawn}")
-
-    def finish(self, flags: Tensor, drawn: int) -> None:
-        """After the last token: raises as `finished` does."""
-        _stopped(int(flags), f"token {drawn} or one before")
-
-
-def _stopped(flags: int, where: str) -> bool:
-    if flags & reference.FAILED:
-        raise RuntimeError(
-            f"chatterbox_fast: T3's logits for {where} have a NaN or no finite value; "
-            "check the conditioning and the weights"
-        )
-    return bool(flags & reference.STOPPED)
 
 
 def _up_to_stop(tokens: Tensor, stop_token: int) -> int:
