@@ -242,7 +242,8 @@ def skinny_linear(
     """``x @ weight.T`` for a few rows: reads the weights once, in the dtype they are stored in.
 
     Args:
-        x, weight, scale, norm, residual, eps, gated: see `reference.skinny_linear`.
+        x, weight, scale, norm, residual, eps, gated: see `reference.skinny_linear`. Where one of
+            them requires a gradient the reference runs, which has one.
         backend: which implementation to prefer, see `dispatch.choose`.
 
     Returns:
@@ -251,6 +252,8 @@ def skinny_linear(
     Raises:
         RuntimeError: an argument of another shape, dtype or device than documented.
     """
+    if _differentiated(x, weight, scale, norm, residual):
+        backend = "reference"
     choice = dispatch.choose("skinny_linear", x.device, backend, x.dtype)
     kernel = skinny_linear_by(choice.backend)
     return kernel(x, weight, scale, norm, residual, eps=eps, gated=gated)
@@ -265,6 +268,11 @@ def skinny_linear_by(backend: str) -> Callable[..., Tensor]:
 
         return twin
     return reference.skinny_linear
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows one of them: the kernels have no gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def decode_attention(
@@ -287,7 +295,8 @@ def decode_attention(
         qkv, k_cache, v_cache, position, flags, cos, sin, watched, probabilities: see
             `reference.decode_attention`. The kernels take at most 64 rows, heads of 64, float32
             tables, and caches that are contiguous in their last two dimensions and aligned to 16
-            bytes in every row and head.
+            bytes in every row and head. Where qkv requires a gradient the reference runs, which has
+            one; the caches that it writes to are then part of autograd's graph.
         arrivals: int32 zeros, ``(B H,)`` or more, in which the blocks of the CUDA kernel meet; they
             are zeros again after. Calls that may run at the same time need their own. None: the
             kernel makes them, which is one launch more.
@@ -299,6 +308,8 @@ def decode_attention(
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or device than documented.
     """
+    if _differentiated(qkv):
+        backend = "reference"
     choice = dispatch.choose("decode_attention", qkv.device, backend, qkv.dtype)
     return decode_attention_by(choice.backend)(
         qkv, k_cache, v_cache, position, flags, cos, sin, watched, probabilities, arrivals
@@ -339,7 +350,7 @@ def resample(
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or range than documented.
     """
-    if waveform.requires_grad and torch.is_grad_enabled():
+    if _differentiated(waveform):
         backend = "reference"
     return resample_by(_chosen("resample", waveform.device, backend, waveform.dtype))(
         waveform, filters, first, stride=stride, left=left, length=length

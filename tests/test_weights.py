@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from chatterbox_fast import patch, patched, report, selftest, unpatch
 from chatterbox_fast.options import Options
 from chatterbox_fast.precision import choose_precision
 from chatterbox_fast.t3 import engine, weights
+from chatterbox_fast.t3.projection import Projection
 from chatterbox_fast.t3.support import why_unsupported
 from chatterbox_fast.testing import random_t3
 
@@ -89,6 +91,35 @@ def test_a_row_of_zeros_is_quantised_to_zeros() -> None:
     assert narrow.tolist() == [[0] * 8, [127] * 8]
     assert scale is not None
     assert scale.isfinite().all()
+
+
+def test_ugly_rows_are_quantised_to_what_they_are() -> None:
+    """Subnormal rows do not wrap around; NaN and infinity are seen in the outputs."""
+    weight = torch.ones(5, 8)
+    weight[0] = (
+        torch.linspace(-1, 1, 8) * 2.2e-43
+    )  # over 127: a scale of 1.7 ulp, rounded to 1 or 2
+    weight[1] = -3e-44
+    weight[2, 3] = math.nan
+    weight[3, 3] = math.inf
+    narrow, scale = weights._narrow(weight, torch.int8)
+    assert scale is not None
+    restored = narrow.double() * scale.double()[:, None]
+    assert ((restored - weight.double())[:2].abs() <= 5e-44).all()
+    assert (restored[0].sign() == weight[0].sign()).all()
+    for rows in (1, 9):  # by the kernel, and by torch
+        projection = Projection(narrow, scale, "extension")
+        y = projection(torch.ones(rows, 8))
+        assert y[:, [0, 1, 4]].isfinite().all()
+        assert not y[:, [2, 3]].isfinite().any()
+
+
+def test_many_rows_read_int8_as_it_is() -> None:
+    """As few do: neither a weight nor its scale is rounded on the way."""
+    weight = torch.arange(-127, 128, dtype=torch.int8)[:, None]
+    scale = torch.rand(255, generator=torch.Generator().manual_seed(0)) + 0.1
+    y = Projection(weight, scale, "torch")(torch.ones(9, 1))
+    assert torch.equal(y, (weight[:, 0] * scale).expand(9, -1))
 
 
 def test_the_report_shows_memory(english: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, SupportsIndex
+import operator
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +61,7 @@ def inference(
         ``cfg_weight=0``, where stock's generate() crashes, the unconditional row is left out.
 
     Raises:
+        TypeError: tokens that are not a tensor of ints, a token count that is no int.
         ValueError: a parameter out of range, a text or a token count beyond the model's positions,
             a voice that does not fit the model.
         NotImplementedError: `prepend_prompt_speech_tokens`, as in stock.
@@ -171,9 +174,11 @@ def check_text(t3: Any, text_tokens: Tensor) -> Tensor:
     """`text_tokens` as one row ``(1, S)`` int64 on the model's device.
 
     Raises:
+        TypeError: not a tensor of ints.
         ValueError: another shape, no start or stop token, an id the model does not have, or more
             tokens than it has positions.
     """
+    _check_ids("text_tokens", text_tokens)
     text = torch.atleast_2d(text_tokens).to(dtype=torch.long, device=t3.device)
     if text.dim() != 2 or text.shape[0] not in (1, 2):
         raise ValueError(
@@ -198,11 +203,13 @@ def check_initial_speech_tokens(t3: Any, tokens: Tensor | None) -> Tensor | None
     """`tokens` as one row ``(1, n)`` int64 on the model's device.
 
     Raises:
+        TypeError: not a tensor of ints.
         ValueError: another shape, rows that differ, an id the model does not have, or more than
             it has positions.
     """
     if tokens is None:
         return None
+    _check_ids("initial_speech_tokens", tokens)
     rows = torch.atleast_2d(tokens).to(dtype=torch.long, device=t3.device)
     if rows.dim() != 2 or rows.shape[0] not in (1, 2) or not bool((rows == rows[:1]).all()):
         raise ValueError(
@@ -221,6 +228,16 @@ def check_initial_speech_tokens(t3: Any, tokens: Tensor | None) -> Tensor | None
     return rows[:1]
 
 
+def _check_ids(name: str, tokens: Any) -> None:
+    if not torch.is_tensor(tokens):
+        got = f"a {type(tokens).__qualname__}"
+    elif tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        got = str(tokens.dtype)
+    else:
+        return
+    raise TypeError(f"chatterbox_fast: {name} must be a tensor of ints, got {got}")
+
+
 def check_max_new_tokens(t3: Any, max_new_tokens: int | None) -> int:
     """The token limit of a request.
 
@@ -230,10 +247,12 @@ def check_max_new_tokens(t3: Any, max_new_tokens: int | None) -> int:
     most = t3.speech_pos_emb.emb.num_embeddings - 1
     if max_new_tokens is None:
         return min(int(t3.hp.max_speech_tokens), most)
-    if not isinstance(max_new_tokens, SupportsIndex):
-        raise TypeError(f"chatterbox_fast: max_new_tokens must be an int, got {max_new_tokens!r}")
-    if not 1 <= max_new_tokens <= most:
-        raise ValueError(
-            f"chatterbox_fast: max_new_tokens must be in [1, {most}], got {max_new_tokens}"
-        )
-    return int(max_new_tokens)
+    try:
+        limit = operator.index(max_new_tokens)
+    except TypeError:  # of a tensor of floats too, which has an __index__
+        raise TypeError(
+            f"chatterbox_fast: max_new_tokens must be an int, got {max_new_tokens!r}"
+        ) from None
+    if not 1 <= limit <= most:
+        raise ValueError(f"chatterbox_fast: max_new_tokens must be in [1, {most}], got {limit}")
+    return limit

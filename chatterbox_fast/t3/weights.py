@@ -106,12 +106,16 @@ class _Copied:
 
 
 def _narrow(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """`weight` in `dtype`; int8 symmetric, with a scale ``(N,)`` for each row."""
+    """`weight` in `dtype`; int8 symmetric, with a scale ``(N,)`` for each row.
+
+    The scale of a row with a NaN or an infinity is no number either, so that its outputs are not.
+    """
     if dtype != torch.int8:
         return weight.to(dtype), None
     scale = weight.abs().amax(dim=1).float() / 127
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+    scale = torch.where(scale == 0, 1.0, scale)
+    steps = (weight / scale[:, None]).round().clamp(-127, 127)  # a tiny scale is rounded much
+    return steps.nan_to_num(0).to(torch.int8), scale
 
 
 def _gather(t3: Any, make: _Own | _Copied, attend_by: str) -> T3Weights:
