@@ -12,9 +12,10 @@ import torch
 from . import _ext
 from .options import Backend
 
-T3_OPS = ("cfg_sample", "skinny_linear", "decode_attention")
-"""What T3's engine calls by name."""
-OPS = (*T3_OPS, "resample", "istft", "padded_attention", "snake")
+OPS = (
+    "cfg_sample", "skinny_linear", "decode_attention", "resample", "istft", "padded_attention",
+    "snake",
+)  # fmt: skip
 """Every op; each has at least its reference."""
 
 

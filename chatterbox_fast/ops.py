@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
+from . import fakes as fakes  # registers them
 from .options import Backend
 
 MAX_VOCABULARY = 65536
@@ -122,26 +123,47 @@ def cfg_sample(
     Raises:
         RuntimeError: an argument of another shape, dtype or device than documented.
     """
+    choice = dispatch.choose("cfg_sample", logits.device, backend, logits.dtype)
+    return cfg_sample_by(choice.backend)(
+        logits, seen, params, flags, stop_token=stop_token, stop_action=stop_action, turbo=turbo,
+        forget=forget, generator=generator, philox=philox,
+    )  # fmt: skip
+
+
+def cfg_sample_by(backend: str) -> Callable[..., Tensor]:
+    """cfg_sample by a backend that `dispatch.choose` named, for callers that choose once."""
+    return functools.partial(_cfg_sample, backend)
+
+
+def _cfg_sample(
+    backend: str,
+    logits: Tensor,
+    seen: Tensor,
+    params: Tensor,
+    flags: Tensor,
+    *,
+    stop_action: Tensor | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    philox: Tensor | None = None,
+    **rules: Any,
+) -> Tensor:
     if philox is None and isinstance(generator, Sequence):
         return _row_by_row(
-            logits, seen, params, flags, generator, stop_token=stop_token,
-            stop_action=stop_action, turbo=turbo, forget=forget, backend=backend,
-        )  # fmt: skip
-    choice = dispatch.choose("cfg_sample", logits.device, backend, logits.dtype)
-    if philox is None and logits.is_cuda and choice.backend != "reference":
+            backend, logits, seen, params, flags, generator, stop_action=stop_action, **rules
+        )
+    if philox is None and logits.is_cuda and backend != "reference":
         raise RuntimeError("chatterbox_fast::cfg_sample: philox must be given on CUDA, got None")
     threads = 0 if philox is None else philox_threads(seen.shape[1], logits.device)
-    rules: dict[str, Any] = {"stop_token": stop_token, "turbo": turbo, "forget": forget}
-    if choice.backend == "extension":
+    if backend == "extension":
         return torch.ops.chatterbox_fast.cfg_sample.default(
             logits, seen, params, flags, philox, stop_action,
             generator if philox is None else None, philox_threads=threads, **rules,
         )  # fmt: skip
-    if choice.backend == "triton" and philox is not None:
+    if backend == "triton" and philox is not None:
         from .triton_kernels.cfg_sample import cfg_sample as twin
 
         return twin(logits, seen, params, flags, philox, stop_action, threads, **rules)
-    noise = _noise(seen, params, generator, philox, threads)
+    noise = sampling_noise(seen, params, generator, philox, logits.device)
     return reference.cfg_sample(
         logits, seen, params, flags, noise, stop_action=stop_action, **rules
     )
@@ -160,22 +182,25 @@ def philox_threads(vocabulary: int, device: torch.device) -> int:
     return reference.philox_threads(vocabulary, threads)
 
 
-def _noise(
+def sampling_noise(
     seen: Tensor,
     params: Tensor,
-    generator: torch.Generator | None,
+    generator: Any,
     philox: Tensor | None,
-    threads: int,
+    device: torch.device,
 ) -> Tensor:
+    """The numbers ``(R, V)`` that `cfg_sample` draws with on `device`; `philox` is advanced."""
     rows, vocabulary = seen.shape
     if philox is None:
         return reference.exponential(rows, vocabulary, params, generator)
+    threads = philox_threads(vocabulary, device)
     noise = reference.philox_exponential(philox, vocabulary, threads).to(params.dtype)
     philox[:, 1] += reference.philox_increment(vocabulary, threads)
     return noise
 
 
 def _row_by_row(
+    backend: str,
     logits: Tensor,
     seen: Tensor,
     params: Tensor,
@@ -195,8 +220,8 @@ def _row_by_row(
     for r, generator in enumerate(generators):
         one = slice(r, r + 1)
         action = None if stop_action is None else stop_action[one]
-        token = cfg_sample(
-            logits[r::rows].contiguous(), seen[one], params[one], flags[one],
+        token = _cfg_sample(
+            backend, logits[r::rows].contiguous(), seen[one], params[one], flags[one],
             generator=generator, stop_action=action, **rules,
         )  # fmt: skip
         tokens.append(token)
@@ -217,7 +242,8 @@ def skinny_linear(
     """``x @ weight.T`` for a few rows: reads the weights once, in the dtype they are stored in.
 
     Args:
-        x, weight, scale, norm, residual, eps, gated: see `reference.skinny_linear`.
+        x, weight, scale, norm, residual, eps, gated: see `reference.skinny_linear`. Where one of
+            them requires a gradient the reference runs, which has one.
         backend: which implementation to prefer, see `dispatch.choose`.
 
     Returns:
@@ -226,6 +252,8 @@ def skinny_linear(
     Raises:
         RuntimeError: an argument of another shape, dtype or device than documented.
     """
+    if _differentiated(x, weight, scale, norm, residual):
+        backend = "reference"
     choice = dispatch.choose("skinny_linear", x.device, backend, x.dtype)
     kernel = skinny_linear_by(choice.backend)
     return kernel(x, weight, scale, norm, residual, eps=eps, gated=gated)
@@ -240,6 +268,11 @@ def skinny_linear_by(backend: str) -> Callable[..., Tensor]:
 
         return twin
     return reference.skinny_linear
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows one of them: the kernels have no gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def decode_attention(
@@ -262,7 +295,8 @@ def decode_attention(
         qkv, k_cache, v_cache, position, flags, cos, sin, watched, probabilities: see
             `reference.decode_attention`. The kernels take at most 64 rows, heads of 64, float32
             tables, and caches that are contiguous in their last two dimensions and aligned to 16
-            bytes in every row and head.
+            bytes in every row and head. Where qkv requires a gradient the reference runs, which has
+            one; the caches that it writes to are then part of autograd's graph.
         arrivals: int32 zeros, ``(B H,)`` or more, in which the blocks of the CUDA kernel meet; they
             are zeros again after. Calls that may run at the same time need their own. None: the
             kernel makes them, which is one launch more.
@@ -274,6 +308,8 @@ def decode_attention(
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or device than documented.
     """
+    if _differentiated(qkv):
+        backend = "reference"
     choice = dispatch.choose("decode_attention", qkv.device, backend, qkv.dtype)
     return decode_attention_by(choice.backend)(
         qkv, k_cache, v_cache, position, flags, cos, sin, watched, probabilities, arrivals
@@ -314,7 +350,7 @@ def resample(
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or range than documented.
     """
-    if waveform.requires_grad and torch.is_grad_enabled():
+    if _differentiated(waveform):
         backend = "reference"
     return resample_by(_chosen("resample", waveform.device, backend, waveform.dtype))(
         waveform, filters, first, stride=stride, left=left, length=length
@@ -433,95 +469,3 @@ def snake_by(backend: str) -> Callable[..., Tensor]:
 
         return twin
     return reference.snake
-
-
-if dispatch.extension_has("cfg_sample"):
-
-    @torch.library.register_fake("chatterbox_fast::cfg_sample")
-    def _cfg_sample_fake(
-        logits: Tensor,
-        seen: Tensor,
-        params: Tensor,
-        flags: Tensor,
-        philox: Tensor | None = None,
-        stop_action: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        *,
-        stop_token: int,
-        turbo: bool = False,
-        forget: int = -1,
-        philox_threads: int = 0,
-    ) -> Tensor:
-        return seen.new_empty(seen.shape[0], dtype=torch.long)
-
-
-if dispatch.extension_has("skinny_linear"):
-
-    @torch.library.register_fake("chatterbox_fast::skinny_linear")
-    def _skinny_linear_fake(
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor | None = None,
-        norm: Tensor | None = None,
-        residual: Tensor | None = None,
-        *,
-        eps: float = 0.0,
-        gated: bool = False,
-    ) -> Tensor:
-        return x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
-
-
-if dispatch.extension_has("decode_attention"):
-
-    @torch.library.register_fake("chatterbox_fast::decode_attention")
-    def _decode_attention_fake(
-        qkv: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        position: Tensor,
-        flags: Tensor,
-        cos: Tensor | None = None,
-        sin: Tensor | None = None,
-        watched: Tensor | None = None,
-        probabilities: Tensor | None = None,
-        arrivals: Tensor | None = None,
-        *,
-        splits: int = 0,
-    ) -> Tensor:
-        return qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])
-
-
-if dispatch.extension_has("resample"):
-
-    @torch.library.register_fake("chatterbox_fast::resample")
-    def _resample_fake(
-        waveform: Tensor,
-        filters: Tensor,
-        first: Tensor | None = None,
-        *,
-        stride: int,
-        left: int,
-        length: int,
-    ) -> Tensor:
-        return waveform.new_empty(waveform.shape[0], length)
-
-
-if dispatch.extension_has("istft"):
-
-    @torch.library.register_fake("chatterbox_fast::istft")
-    def _istft_fake(spectrum: Tensor, window: Tensor, limit: float) -> Tensor:
-        return window.new_empty(spectrum.shape[0], 4 * (spectrum.shape[1] - 1))
-
-
-if dispatch.extension_has("padded_attention"):
-
-    @torch.library.register_fake("chatterbox_fast::padded_attention")
-    def _padded_attention_fake(qkv: Tensor, lengths: Tensor, heads: int) -> Tensor:
-        return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)
-
-
-if dispatch.extension_has("snake"):
-
-    @torch.library.register_fake("chatterbox_fast::snake")
-    def _snake_fake(x: Tensor, alpha: Tensor, inverse: Tensor) -> Tensor:
-        return torch.empty_like(x)

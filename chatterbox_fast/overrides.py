@@ -65,6 +65,31 @@ class Override:
         return vars(self.owner).get(self.name) is self.replacement
 
 
+REDUCE = "__reduce_ex__"
+"""What copy and pickle ask an object for; they look at the instance first."""
+
+
+def reduce_as_stock(owner: Any, protocol: Any) -> Any:
+    """For copy and pickle: `owner` without the replacements that `bound` made for it."""
+    reduce: Any = type(owner).__reduce_ex__  # the class's: the instance's is this function
+    make, arguments, state, *rest = reduce(owner, protocol)
+    stock = {name: value for name, value in state.items() if not is_ours(value)}
+    return (make, arguments, stock, *rest)
+
+
+def copied_as_stock(changes: Sequence[Change]) -> list[Override]:
+    """What makes copies and pickles of the changes' owners stock objects.
+
+    An owner among whose changes is one of how it is copied is left to that.
+    """
+    overrides = [change for change in changes if isinstance(change, Override)]
+    owners = {id(override.owner): override.owner for override in overrides}
+    for override in overrides:
+        if override.name == REDUCE:
+            owners.pop(id(override.owner), None)
+    return [Override(owner, REDUCE, bound(reduce_as_stock, owner)) for owner in owners.values()]
+
+
 def apply_all(changes: Sequence[Change]) -> None:
     """Applies all changes, or none where one fails."""
     applied: list[Change] = []

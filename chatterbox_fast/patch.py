@@ -10,12 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import RLock
-from types import MethodType
 from typing import Any, TypeVar
 
 from . import dispatch
 from .options import Options
-from .overrides import Absent, Change, Override, apply_all, undo_all
+from .overrides import (
+    REDUCE,
+    Absent,
+    Change,
+    Override,
+    apply_all,
+    bound,
+    copied_as_stock,
+    reduce_as_stock,
+    undo_all,
+)
 from .site import Row, Site
 from .sites import RECORD, STOCK_CLASSES, describe_rest, sites_of, watermark_override
 
@@ -44,7 +53,7 @@ def patch(model: Model, **options: Any) -> Model:
         **options: the switches of `Options`: precision, backend, compile, watermark, progress,
             strict.
 
-    A copy or a pickle of a patched model is a stock object: patch it too.
+    A copy or a pickle of a patched model, or of its modules, is a stock object: patch it too.
 
     Returns:
         `model` itself. Its ``generate`` takes stock's arguments, and ``seed``: with a seed the
@@ -156,23 +165,22 @@ def _install(model: Any, options: Options) -> None:
     changes: list[Change] = [change for site in sites for change in site.changes()]
     if not options.watermark:
         changes.append(watermark_override(model))
-    changes.append(Override(model, "__reduce_ex__", MethodType(_reduce_as_stock, model)))
+    changes.append(Override(model, REDUCE, bound(_reduce_model, model)))
+    changes.extend(copied_as_stock(changes))
     apply_all(changes)
     setattr(model, RECORD, Record(options, sites, changes, model))
     if options.strict:
         _refuse_stock(model)
 
 
-def _reduce_as_stock(model: Any, protocol: int) -> Any:
-    """For copy and pickle: the object without its patch, which is bound to the original."""
-    reduce: Any = type(model).__reduce_ex__  # the class's: the instance's is this function
-    make, arguments, state, *rest = reduce(model, protocol)
-    stock = {name: value for name, value in state.items() if name != RECORD}
-    record = _record(model)
+def _reduce_model(model: Any, protocol: Any) -> Any:
+    """As `reduce_as_stock`; a model has the record too, and may have lost its watermarker."""
+    make, arguments, stock, *rest = reduce_as_stock(model, protocol)
+    record = stock.pop(RECORD, None)
     for change in reversed(record.changes if record is not None else []):
         if not isinstance(change, Override) or change.owner is not model:
             continue
-        if stock.pop(change.name, None) is not None and change.before is not Absent:
+        if change.before is not Absent:
             stock[change.name] = change.before
     return (make, arguments, stock, *rest)
 

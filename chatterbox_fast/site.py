@@ -1,7 +1,7 @@
 """One attribute of a Chatterbox object that patch() replaces, and what a report says of it.
 
-A replacement is a plain function bound to the object whose attribute it becomes, so a deep copy of
-a patched module runs on its own weights.
+A replacement is a plain function bound to the object whose attribute it becomes; a copy of that
+object does not have it.
 """
 
 from __future__ import annotations

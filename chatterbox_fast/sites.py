@@ -9,7 +9,7 @@ from typing import Any
 
 from .audio.stock import embed_ref_site
 from .options import Options
-from .overrides import Override
+from .overrides import REDUCE, Override
 from .request import Request, serving
 from .rng import Generators, check_seed
 from .s3gen.site import flow_site, vocoder_site
@@ -74,7 +74,7 @@ def make_generate(stock: Callable[..., Any], *, options: Options) -> Callable[..
         with serving(request), request.drawing():
             if shares_methods(self) is not None:
                 return stock(self, *args, **kwargs)
-            view = RequestView(self, without=("generate", RECORD, "__reduce_ex__"))
+            view = RequestView(self, without=("generate", RECORD, REDUCE))
             result = stock(view.object, *args, **kwargs)
             view.publish()
             return result

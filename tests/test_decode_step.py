@@ -73,7 +73,7 @@ def test_a_step_reads_no_value_on_the_host(
         engine, state = prefilled(tiny, t3_cond, precision=precision)
     state.philox = torch.zeros(1, 2, dtype=torch.long)
     if build_info().get("cuda") is None:
-        state.backend = "reference"
+        state.sampler = "reference"
     with FakeTensorMode(allow_non_fake_inputs=False):
         try:
             torch.empty(1, device="cuda")

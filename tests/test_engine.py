@@ -6,7 +6,7 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from chatterbox_fast import patched, report
 from chatterbox_fast.options import Options
-from chatterbox_fast.t3 import pool, prefill, runner
+from chatterbox_fast.t3 import poll, pool, prefill, runner
+from chatterbox_fast.t3.decode_step import decode_step
 from chatterbox_fast.t3.engine import Engine, Engines
 from chatterbox_fast.t3.pool import AT_ONCE, Slot, SlotPool
 from chatterbox_fast.t3.prefill import MOST_VOICES
 from chatterbox_fast.t3.state import DecodeState
-from chatterbox_fast.testing import random_t3
+from chatterbox_fast.testing import random_model, random_t3
 
 TEXT = torch.tensor([[255, 40, 41, 42, 0]])
 
@@ -43,7 +44,7 @@ def slots(made: list[tuple[int, int]]) -> SlotPool:
     def make(rows: int, capacity: int) -> Slot:
         made.append((rows, capacity))
         rotary = (torch.zeros(capacity, 64), torch.zeros(capacity, 64))
-        state = DecodeState.allocate(weights, rotary, rows=rows, stop_token=0)
+        state = DecodeState.allocate(weights, rotary, rows=rows, stop_token=0, sampler="reference")
         return Slot(state, lambda *_: None)
 
     return SlotPool(make)
@@ -63,6 +64,11 @@ def test_idle_buffers_are_used_again_and_few_are_kept(monkeypatch: pytest.Monkey
         assert len(made) == 3
     with kept.lease(1, 256):
         assert made[3:] == [(1, 256)]
+    monkeypatch.setattr(pool, "KEPT_BYTES", 2 * slot.state.bytes - 1)
+    with kept.lease(1, 512):
+        before = len(kept)
+        assert before > 0
+    assert len(kept) == before, "larger than all that is kept: gone, and nobody else for it"
     kept.clear()
     assert len(kept) == 0
 
@@ -146,8 +152,8 @@ def test_a_voice_is_computed_once(t3_cond: Any, monkeypatch: pytest.MonkeyPatch)
     settings = {"text_tokens": TEXT, "max_new_tokens": 6, "seed": 3}
     first = tokens_of(t3, t3_cond=t3_cond, **settings)
     assert torch.equal(tokens_of(t3, t3_cond=copy.deepcopy(t3_cond), **settings), first)
-    assert torch.equal(tokens_of(t3, t3_cond=t3_cond, **{**settings, "cfg_weight": 0.5}), first)
-    assert len(calls) == 1, "found by its values, for both rows of CFG"
+    tokens_of(t3, t3_cond=t3_cond, **{**settings, "cfg_weight": 0.0})
+    assert len(calls) == 1, "found by its values, for one row and for both rows of CFG"
     engine, kept = engine_of(t3), voice_of(t3, t3_cond)
     for name in ("speaker_emb", "emotion_adv"):
         other = copy.copy(t3_cond)
@@ -295,32 +301,41 @@ class Stream:
         self.used = used
 
 
+class Copy:
+    """Stands for poll.FlagCopy, which needs pinned memory and CUDA's events."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+        self._value: int | None = None
+
+    def take(self, flags: Tensor) -> None:
+        self._value = int(flags)
+
+    def read(self) -> int:
+        value, self._value = self._value, None
+        assert value is not None, "each copy is read once"
+        return value
+
+
 @pytest.fixture
-def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Stream]]:
-    """Makes a CPU poll as a GPU does, `steps` late, drawing from counters as a GPU does."""
-    delay, stream = [0], Stream()
-
-    class Late(runner.FlagPoll):
-        def __init__(self, late: bool) -> None:
-            assert late
-            self._seen: list[int] = []
-
-        def finished(self, flags: Tensor, drawn: int) -> bool:
-            self._seen.append(int(flags))
-            due = len(self._seen) > delay[0]
-            return due and runner._stopped(self._seen[-1 - delay[0]], f"token {drawn}")
+def late(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Stream]:
+    """Makes a CPU poll as a GPU does, every `steps`, drawing from counters as a GPU does."""
+    stream = Stream()
 
     def open_stream(state: DecodeState, *_: Any) -> Stream:
         assert state.philox is not None
         state.philox.copy_(torch.tensor([[7, 40]]))
         return stream
 
-    monkeypatch.setattr(runner, "FlagPoll", Late)
+    monkeypatch.setattr(Copy, "made", 0)
+    monkeypatch.setattr(poll, "FlagCopy", Copy)
     monkeypatch.setattr(runner, "_philox_stream", open_stream)
     monkeypatch.setattr(Engine, "draws_on_device", property(lambda _: True))
 
     def start(steps: int) -> Stream:
-        delay[0] = steps
+        monkeypatch.setattr(poll, "POLL_EVERY", steps)
         return stream
 
     return start
@@ -332,15 +347,42 @@ def test_polling_late_changes_nothing(
 ) -> None:
     t3 = random_t3("english", "tiny", stop_after=17)
     settings = {"t3_cond": t3_cond, "text_tokens": TEXT, "max_new_tokens": limit}
-    stream = late(0)
+    stream = late(1)
     expected = tokens_of(t3, **settings)
     assert expected.shape == (1, min(limit, 18))
     assert stream.used == min(limit, 18)
-    for steps in (1, 4, 9):
+    for steps in (2, 4, 9):
         late(steps)
         stream.used = -1
         assert torch.equal(tokens_of(t3, **settings), expected)
         assert stream.used == min(limit, 18)
+    assert Copy.made == 2, "the buffers of the next request are those of the last"
+
+
+def test_polling_late_outlives_a_growth_of_the_cache(
+    t3_cond: Any, late: Callable[[int], Stream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that is on its way is read, and no step is run that a GPU's host need not run."""
+    t3 = random_t3("english", "tiny", stop_after=17)
+    long = torch.tensor([[255, *[9] * 210, 0]])
+    late(3)
+    steps = watched_steps(monkeypatch)
+    drawn = tokens_of(t3, t3_cond=t3_cond, text_tokens=long, max_new_tokens=40)
+    assert drawn.shape == (1, 18)
+    assert sorted(set(steps)) == [256, 512]
+    assert len(steps) == 20, "21 drawn: what was copied at 18 is read at 21"
+
+
+def watched_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The capacities that decode steps run with from now on."""
+    steps: list[int] = []
+
+    def watched(weights: Any, state: DecodeState, *rest: Any) -> None:
+        steps.append(state.capacity)
+        decode_step(weights, state, *rest)
+
+    monkeypatch.setattr("chatterbox_fast.t3.engine.decode_step", watched)
+    return steps
 
 
 def test_a_failure_after_the_stop_token_does_not_matter(
@@ -440,8 +482,10 @@ def test_decoding_on_a_gpu_does_not_wait(t3_cond: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_originals_wait_on_the_host_and_come_back(english: Any) -> None:
-    model = copy.deepcopy(english)
+@pytest.mark.parametrize("training", [False, True])
+def test_originals_wait_on_the_host_and_come_back(training: bool) -> None:
+    """Also of a T3 that is not the engine's any more when it is unpatched."""
+    model = random_model("english", "tiny")
     model.t3.cuda()
     before = {name: value.clone() for name, value in model.t3.state_dict().items()}
     devices = {name: value.device for name, value in before.items()}
@@ -452,9 +496,65 @@ def test_originals_wait_on_the_host_and_come_back(english: Any) -> None:
         x = torch.zeros(1, 3, model.t3.dim, device="cuda")
         model.t3.tfmr(inputs_embeds=x)  # who calls the module itself finds its weights at home
         assert model.t3.tfmr.layers[0].self_attn.q_proj.weight.is_cuda
+    with patched(model, precision="bf16"):
+        assert model.t3.tfmr.layers[0].self_attn.q_proj.weight.is_cpu
+        model.t3.train(training)
     for name, value in model.t3.state_dict().items():
         assert value.device == devices[name], name
         assert torch.equal(value, before[name]), name
+
+
+def test_a_new_engine_does_not_wait_for_the_memory_of_the_old(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does one that could not be made leave it behind; the next request makes one."""
+    engines = Engines(Options())
+    gone = weakref.ref(engines.of(tiny))
+
+    def full(*_: Any) -> None:
+        assert gone() is None
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to 2.00 GiB")
+
+    with torch.no_grad():
+        tiny.speech_head.weight[0] += 0.0
+    with monkeypatch.context() as patch:
+        patch.setattr("chatterbox_fast.t3.weights.pack", full)
+        with pytest.raises(torch.OutOfMemoryError, match=r"out of memory on cpu.*2.00 GiB"):
+            engines.of(tiny)
+    assert engines.of(tiny) is engines.of(tiny)
+
+
+def test_a_request_that_no_cache_holds_costs_no_embedding(
+    tiny: Any, t3_cond: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "text_embeds", lambda *_: pytest.fail("embedded"))
+    monkeypatch.setattr(runner, "CAPACITIES", (100,))
+    start = voice_of_length(tiny, t3_cond) + TEXT.shape[1] + 7 + 1
+    with pytest.raises(ValueError, match=f"at most {100 - start} after {start} positions"):
+        tokens_of(
+            tiny, t3_cond=t3_cond, text_tokens=TEXT, max_new_tokens=101 - start,
+            initial_speech_tokens=torch.zeros(1, 7, dtype=torch.long),
+        )  # fmt: skip
+
+
+def voice_of_length(t3: Any, cond: Any) -> int:
+    with torch.inference_mode():
+        return engine_of(t3).voice(t3, cond).length
+
+
+@pytest.mark.parametrize("wrong", [TEXT.float(), TEXT.bool(), TEXT.tolist(), "text"])
+def test_tokens_that_are_no_ints_are_named(tiny: Any, wrong: Any) -> None:
+    with pytest.raises(TypeError, match="text_tokens must be a tensor of ints, got (a|torch)"):
+        runner.check_text(tiny, wrong)
+    with pytest.raises(TypeError, match="initial_speech_tokens must be a tensor of ints, got"):
+        runner.check_initial_speech_tokens(tiny, wrong)
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor(2.9), 2.9, torch.tensor([2, 3]), "2"])
+def test_a_token_count_that_is_no_int_is_named(tiny: Any, wrong: Any) -> None:
+    with pytest.raises(TypeError, match="max_new_tokens must be an int, got"):
+        runner.check_max_new_tokens(tiny, wrong)
+    assert runner.check_max_new_tokens(tiny, torch.tensor(2)) == 2  # type: ignore[arg-type]
 
 
 def test_a_request_that_no_cache_holds_is_refused() -> None:

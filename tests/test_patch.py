@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from tqdm import tqdm
 import chatterbox_fast
 from chatterbox_fast import dispatch, patch, patched, report, unpatch
 from chatterbox_fast.patch import Row
+from chatterbox_fast.t3 import weights
+from chatterbox_fast.t3.engine import Engine, Engines
 from chatterbox_fast.t3.site import Packing
 from chatterbox_fast.t3.support import why_unsupported
 from chatterbox_fast.testing import random_model, random_t3
@@ -111,11 +114,41 @@ def stock_after_seed(model: Any, seed: int, **arguments: Any) -> torch.Tensor:
     return model.generate(TEXT, **arguments)
 
 
-def test_a_deep_copy_runs_on_its_own_weights(english: Any) -> None:
+OURS = {"inference", "embed_ref", "generate", "forward", "__reduce_ex__", "_chatterbox_fast"}
+
+
+def test_deep_copies_and_pickles_of_a_patched_model_are_stock(english: Any) -> None:
+    """Also of one that is patched twice: another model shares its modules."""
+    english.conds = None  # a voice with gradients, which torch does not deep-copy
+    other = object.__new__(type(english))
+    vars(other).update(vars(english))
+    patch(english, watermark=False)
+    patch(other)
+    copied = copy.deepcopy(english)
+    parts = [copy.deepcopy(english.t3), copy.copy(english.s3gen.flow), copy.deepcopy(english.s3gen)]
+    parts.append(pickle.loads(pickle.dumps(english.s3gen.flow)))
+    unpatch(other)
+    unpatch(english)
+    for part in (copied, copied.t3, copied.t3.tfmr, copied.s3gen, copied.s3gen.flow,
+                 copied.s3gen.mel2wav, *parts, parts[0].tfmr, parts[2].flow):  # fmt: skip
+        assert OURS.isdisjoint(vars(part)), type(part)
+    assert report(copied)[0].why == "not patched"
+    assert unpatch(copied) is copied
+    assert not isinstance(copied.watermarker, NoWatermark)
+    for ours, theirs in ((english.t3, copied.t3), (english.s3gen.flow, parts[3])):
+        for name, value in ours.state_dict().items():
+            assert torch.equal(value, theirs.state_dict()[name]), name
+    with patched(copied):
+        assert copied.t3.inference.__self__ is copied.t3
+
+
+def test_weights_come_home_to_be_copied(english: Any, away: set[int]) -> None:
+    """A copy whose weights were on two devices could not speak."""
+    english.conds = None
     with patched(english):
-        for part in (english.t3, english.s3gen.flow, english.s3gen.mel2wav):
-            copied = copy.deepcopy(part)
-            assert copied.inference.__self__ is copied
+        assert away
+        copy.deepcopy(english)
+        assert away == set()
 
 
 def test_threads_that_patch_at_once_patch_once(english: Any) -> None:
@@ -235,6 +268,9 @@ def test_changes_after_patching_are_noticed(english: Any) -> None:
         assert same_audio(english.generate(TEXT, seed=3), first)
         t3.double()
         assert row(english, "t3.inference").runs == "engine, exact"
+        float64 = "float64 is computed by the reference alone"
+        assert row(english, "  skinny_linear")[2:] == ("torch", float64)
+        assert row(english, "  decode_attention")[2:] == ("reference", float64)
         double = copy.copy(english.conds.t3).to(dtype=torch.float64)
         text = torch.tensor([[255, 40, 0]] * 2)
         arguments = {"t3_cond": double, "text_tokens": text, "max_new_tokens": 5}
@@ -354,16 +390,72 @@ def test_a_backbone_that_was_replaced_is_left_alone(english: Any) -> None:
         english.t3.tfmr = backbone
 
 
+def engines_of(model: Any) -> Engines:
+    changes = model._chatterbox_fast.changes
+    (engines,) = (change.engines for change in changes if isinstance(change, Packing))
+    return engines
+
+
 def test_the_guard_brings_weights_home_for_good(english: Any) -> None:
     """Whoever calls the backbone itself finds its weights there, and keeps them."""
-    moved = []
     with patched(english):
         guard = vars(english.t3.tfmr)["forward"]
-        changes = english._chatterbox_fast.changes
-        (engines,) = (change.engines for change in changes if isinstance(change, Packing))
+        engines = engines_of(english)
         assert engines._may_send(english.t3.tfmr)
         guard(inputs_embeds=torch.zeros(1, 2, english.t3.dim))
         assert not engines._may_send(english.t3.tfmr)
-        moved.append(engines)
     assert "forward" not in vars(english.t3.tfmr)
-    assert not moved[0]._may_send(english.t3.tfmr), "nobody would bring them home after unpatch"
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Makes a CPU's engine send matrices away, as a GPU's does; the ids of those that are."""
+    there: set[int] = set()
+    monkeypatch.setattr(Engine, "replaces_originals", property(lambda _: True))
+    for name, change in (("send_to_host", there.update), ("bring_home", there.difference_update)):
+        monkeypatch.setattr(
+            weights.Originals,
+            name,
+            lambda self, change=change: change({id(matrix) for matrix in self.matrices}),
+        )
+    return there
+
+
+def test_nothing_is_sent_away_once_weights_are_given_back(english: Any, away: set[int]) -> None:
+    """unpatch() takes the guard out after: a request in between must not send them again."""
+    with patched(english):
+        engines = engines_of(english)
+        english.generate(TEXT, seed=1)
+        assert len(away) == 7 * len(english.t3.tfmr.layers)
+        engines.release(english.t3)
+        assert away == set()
+        english.generate(TEXT, seed=1)
+        assert away == set()
+
+
+def in_training(t3: Any) -> None:
+    t3.train()
+
+
+def with_a_hook(t3: Any) -> None:
+    t3.speech_head.register_forward_hook(lambda *_: None)
+
+
+def with_an_adapter(t3: Any) -> None:
+    attention = t3.tfmr.layers[0].self_attn
+    attention.q_proj = torch.nn.Sequential(attention.q_proj)
+
+
+def in_half_precision(t3: Any) -> None:
+    t3.half()
+
+
+@pytest.mark.parametrize("later", [in_training, with_a_hook, with_an_adapter, in_half_precision])
+def test_unpatch_brings_weights_home_whatever_became_of_t3(later: Any, away: set[int]) -> None:
+    model = random_model("english", "tiny")
+    patch(model)
+    assert len(away) == 7 * len(model.t3.tfmr.layers)
+    later(model.t3)
+    assert row(model, "t3.inference").runs == "stock"
+    unpatch(model)
+    assert away == set()

@@ -11,9 +11,9 @@ import torch
 from chatterbox.models.t3 import T3
 from chatterbox.models.t3.llama_configs import LLAMA_CONFIGS
 from chatterbox.models.tokenizers import EnTokenizer
-from conftest import tokens_of
+from conftest import engine_of, tokens_of
 
-from chatterbox_fast.ops import cfg_sample
+from chatterbox_fast import ops
 from chatterbox_fast.testing import (
     VOICE_PROMPT,
     random_model,
@@ -53,15 +53,17 @@ def test_logits_spread_as_trained_ones_do(
 ) -> None:
     entropies = []
 
+    t3 = random_t3("english", size)
+    draw = ops.cfg_sample_by(engine_of(t3).sampler)
+
     def watched(logits: Any, seen: Any, params: Any, flags: Any, **rules: Any) -> Any:
         guided = logits[:1] + params[0, 0] * (logits[:1] - logits[1:])
         p = (guided / params[0, 2]).softmax(-1)
         entropies.append(float(-(p * p.clamp_min(1e-30).log()).sum()))
-        return cfg_sample(logits, seen, params, flags, **rules)
+        return draw(logits, seen, params, flags, **rules)
 
-    monkeypatch.setattr("chatterbox_fast.ops.cfg_sample", watched)
+    monkeypatch.setattr(ops, "cfg_sample_by", lambda _: watched)
     torch.manual_seed(1)
-    t3 = random_t3("english", size)
     tokens_of(t3, t3_cond=t3_cond, text_tokens=TEXT, max_new_tokens=30)
     assert 2.0 < sum(entropies) / len(entropies) < 4.5
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from conftest import engine_of
 from safetensors.torch import save_model
 
-from chatterbox_fast import ops, patch, patched, precision, report, unpatch
+from chatterbox_fast import patch, patched, report, selftest, unpatch
 from chatterbox_fast.options import Options
 from chatterbox_fast.precision import choose_precision
-from chatterbox_fast.t3 import weights
+from chatterbox_fast.t3 import engine, weights
+from chatterbox_fast.t3.projection import Projection
 from chatterbox_fast.t3.support import why_unsupported
 from chatterbox_fast.testing import random_t3
 
@@ -91,6 +93,35 @@ def test_a_row_of_zeros_is_quantised_to_zeros() -> None:
     assert scale.isfinite().all()
 
 
+def test_ugly_rows_are_quantised_to_what_they_are() -> None:
+    """Subnormal rows do not wrap around; NaN and infinity are seen in the outputs."""
+    weight = torch.ones(5, 8)
+    weight[0] = (
+        torch.linspace(-1, 1, 8) * 2.2e-43
+    )  # over 127: a scale of 1.7 ulp, rounded to 1 or 2
+    weight[1] = -3e-44
+    weight[2, 3] = math.nan
+    weight[3, 3] = math.inf
+    narrow, scale = weights._narrow(weight, torch.int8)
+    assert scale is not None
+    restored = narrow.double() * scale.double()[:, None]
+    assert ((restored - weight.double())[:2].abs() <= 5e-44).all()
+    assert (restored[0].sign() == weight[0].sign()).all()
+    for rows in (1, 9):  # by the kernel, and by torch
+        projection = Projection(narrow, scale, "extension")
+        y = projection(torch.ones(rows, 8))
+        assert y[:, [0, 1, 4]].isfinite().all()
+        assert not y[:, [2, 3]].isfinite().any()
+
+
+def test_many_rows_read_int8_as_it_is() -> None:
+    """As few do: neither a weight nor its scale is rounded on the way."""
+    weight = torch.arange(-127, 128, dtype=torch.int8)[:, None]
+    scale = torch.rand(255, generator=torch.Generator().manual_seed(0)) + 0.1
+    y = Projection(weight, scale, "torch")(torch.ones(9, 1))
+    assert torch.equal(y, (weight[:, 0] * scale).expand(9, -1))
+
+
 def test_the_report_shows_memory(english: Any) -> None:
     def row() -> Any:
         return next(row for row in report(english) if row.site == "  weights")
@@ -130,38 +161,37 @@ def test_a_patch_that_cannot_pack_leaves_the_model_alone(
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(weights, "pack", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match=r"T3 ran out of memory on cpu\..*\(full\)"):
         patch(english)
     assert report(english)[0].why == "not patched"
     assert "forward" not in vars(english.t3.tfmr)
 
 
-def test_a_kernel_that_fails_its_self_test_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ops.skinny_linear_by("extension")
+def test_originals_come_home_to_where_the_model_is_now(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer's matrices, and those alone; the norms are where the user put the model."""
+    matrices = {id(p) for p in tiny.tfmr.layers.parameters() if p.dim() == 2}
+    originals = weights.Originals.of(tiny.tfmr)
+    assert {id(matrix) for matrix in originals.matrices} == matrices
+    assert originals.at_home is tiny.tfmr.norm.weight
+    moves: list[str] = []
+    monkeypatch.setattr(weights.Originals, "_move", lambda _, where: moves.append(where.type))
+    elsewhere = originals._replace(at_home=torch.nn.Parameter(torch.zeros(1, device="meta")))
+    elsewhere.send_to_host()
+    elsewhere.bring_home()
+    assert moves == ["cpu", "meta"]
 
-    def wrong_with(dtype: torch.dtype) -> Any:
-        return lambda x, w, *rest, **how: right(x, w, *rest, **how) * (1 + (w.dtype == dtype) / 100)
 
-    def raises(x: Any, w: Any, _: Any, *rest: Any, **how: Any) -> Any:
-        return right(x, w, None, *rest, **how)
-
-    def no_norm(x: Any, w: Any, scale: Any, _: Any, *rest: Any, **how: Any) -> Any:
-        return right(x, w, scale, None, *rest, **how)
-
-    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
-    for kernel, why in (
-        *((wrong_with(dtype), f"wrong on this machine with {dtype}") for dtype in dtypes),
-        (no_norm, "wrong on this machine with torch.float32"),
-        (raises, "skinny_linear raises: chatterbox_fast::skinny_linear"),
-    ):
-        precision._failed_self_test.cache_clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(ops, "skinny_linear_by", lambda _, kernel=kernel: kernel)
-            chosen = choose_precision(Options(precision="int8"), CPU, torch.float32)
-        assert (chosen.precision, chosen.kernel) == ("exact", "torch")
-        assert why in chosen.why
-    precision._failed_self_test.cache_clear()
-    assert choose_precision(Options(precision="int8"), CPU, torch.float32).precision == "int8"
+def test_weights_are_there_for_every_stream_once_they_are_packed(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    pack = weights.pack
+    monkeypatch.setattr(weights, "pack", lambda *how: (pack(*how), done.append("packed"))[0])
+    monkeypatch.setattr(engine, "settle", lambda _: done.append("settled"))
+    engine.Engine(tiny, Options())
+    assert done == ["packed", "settled"]
 
 
 def test_precisions_that_a_device_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,9 +206,9 @@ def test_precisions_that_a_device_does_not_have(monkeypatch: pytest.MonkeyPatch)
     assert choose("int8", backend="reference").why == (
         "int8 needs the kernel skinny_linear: asked for"
     )
-    assert choose("exact", backend="reference").kernel == "torch"
+    assert choose("exact", backend="reference").linear.backend == "torch"
     cuda = torch.device("cuda")
-    monkeypatch.setattr(precision, "_failed_self_test", lambda *_: None)
+    monkeypatch.setattr(selftest, "why_failed", lambda *_: None)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (7, 5))
     assert choose_precision(Options(), cuda, torch.float32)[:2] == ("fp16", torch.float16)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 9))

@@ -164,9 +164,9 @@ Engine = TypeVar("Engine")
 
 
 class Engines(Generic[Engine]):
-    """The engines of one patch: one for each module that runs the patched method.
+    """The engine of one patch's module, made anew where that module changes.
 
-    That is the module that was patched, and any deep copy of it.
+    It does not keep the module alive.
     """
 
     def __init__(

@@ -58,9 +58,9 @@ def draw_token(
     generator: torch.Generator | None = None,
 ) -> None:
     """Draws a token from `logits` ``(B, V)`` and prepares the next step's input, in place."""
-    token = ops.cfg_sample(
+    token = ops.cfg_sample_by(state.sampler)(
         logits, state.seen, state.params, state.flags, stop_token=state.stop_token,
-        generator=generator, philox=state.philox, backend=state.backend,
+        generator=generator, philox=state.philox,
     )  # fmt: skip
     feed_token(weights, state, token)
 

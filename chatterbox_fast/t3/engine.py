@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary, WeakMethod, WeakSet
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, ops, selftest
 from ..graph import CaptureError, capture, graphs_wanted, settle, why_no_graph
 from ..modules import signature
 from ..options import Options
@@ -23,7 +23,7 @@ from .decode_step import decode_step
 from .pool import Slot, SlotPool
 from .prefill import MOST_VOICES, VoicePrefix, check_conditioning, voice_prefix
 from .state import CAPACITIES, DecodeState
-from .support import why_unsupported
+from .support import head_dim
 
 
 class Engine:
@@ -31,6 +31,7 @@ class Engine:
 
     Attributes:
         precise: the precision that was chosen, and why.
+        choices: what runs each op, and why.
         weights: packed for prefill and for decoding.
         layers: the layer functions, eager or compiled.
         slots: buffers of requests.
@@ -42,9 +43,15 @@ class Engine:
         self.device: torch.device = t3.device
         self.options = options
         self.precise = choose_precision(options, self.device, own)
-        self.weights = packing.pack(t3, self.precise)
+        self.choices = {
+            "cfg_sample": selftest.choose("cfg_sample", self.device, options.backend, own),
+            "skinny_linear": self.precise.linear,
+            "decode_attention": self._choose_attention(head_dim(t3.cfg), own),
+        }
+        attention = self.choices["decode_attention"].backend
+        self.weights = packing.pack(t3, self.precise, attention)
+        settle(self.device)
         self.layers = compiled_layers() if options.compile else EAGER
-        self.sampler = dispatch.choose("cfg_sample", self.device, options.backend, own).backend
         self.eager_because = why_no_graph(self.device)
         if self.eager_because is None and self.sampler == "reference":
             # Its generator's state would be frozen into the graph.
@@ -54,6 +61,17 @@ class Engine:
         self.slots = SlotPool(lambda rows, capacity: new_slot()(rows, capacity))  # type: ignore[misc]
         self._voices: Recent[bytes, VoicePrefix] = Recent(MOST_VOICES)
         self._rotary = t3.tfmr.rotary_emb
+
+    def _choose_attention(self, width: int, own: torch.dtype) -> dispatch.Choice:
+        if width != ops.HEAD_DIM:
+            why = f"the kernels take heads of {ops.HEAD_DIM}, these are {width} wide"
+            return dispatch.Choice("reference", why)
+        return selftest.choose("decode_attention", self.device, self.options.backend, own)
+
+    @property
+    def sampler(self) -> str:
+        """The backend of cfg_sample."""
+        return self.choices["cfg_sample"].backend
 
     @property
     def replaces_originals(self) -> bool:
@@ -106,7 +124,7 @@ class Engine:
             self.rotary(capacity),
             rows=rows,
             stop_token=self.stop_token,
-            backend=self.options.backend,
+            sampler=self.sampler,
             philox=self.draws_on_device,
         )
 
@@ -124,54 +142,72 @@ class Engine:
 
 
 class Engines:
-    """The engines of one patch: one for each module that runs the patched method.
-
-    That is the T3 that was patched, and any deep copy of it.
-    """
+    """The engine of one patch's T3, made anew where that T3 changes. It does not keep it alive."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._lock = Lock()
         self._of: WeakKeyDictionary[Any, tuple[Any, Engine]] = WeakKeyDictionary()
-        self._at_home: WeakSet[Any] = WeakSet()
+        self._sent: packing.Originals | None = None
+        self._at_home = False
 
     def of(self, t3: Any) -> Engine:
-        """The engine of `t3`; a new one where its weights have changed since the last request."""
+        """The engine of `t3`; a new one where its weights have changed since the last request.
+
+        Raises:
+            torch.OutOfMemoryError: the weights could not be packed.
+        """
         with self._lock:
             asked = dispatch.requested_backend(self._options.backend), graphs_wanted()
-            known = self._of.get(t3)
-            if known is not None and known[0] == (asked, signature(t3)):
-                return known[1]
+            known, engine = self._of.get(t3, (None, None))
+            if engine is not None and known == (asked, signature(t3)):
+                return engine
+            del engine  # its memory is the new one's
             self._of.pop(t3, None)
-            engine = Engine(t3, self._options)
-            if engine.replaces_originals and self._may_send(t3.tfmr):
-                packing.send_to_host(t3.tfmr)
-            self._of[t3] = ((asked, signature(t3)), engine)
-            return engine
+            try:
+                engine = self._new(t3)
+            except RuntimeError as failure:
+                if not is_out_of_memory(failure):
+                    raise
+                said = str(failure)
+            else:
+                self._of[t3] = ((asked, signature(t3)), engine)
+                return engine
+            raise out_of_memory(t3.device, said)
+
+    def _new(self, t3: Any) -> Engine:
+        engine = Engine(t3, self._options)
+        if engine.replaces_originals and self._may_send(t3.tfmr):
+            self._sent = packing.Originals.of(t3.tfmr)
+            self._sent.send_to_host()
+        return engine
 
     def _may_send(self, tfmr: Any) -> bool:
         """Whether a backbone's weights may wait on the host: somebody brings them home for others.
 
         Once they were needed they stay, so that they never move under somebody's forward.
         """
-        return tfmr not in self._at_home and is_ours(vars(tfmr).get("forward"))
+        return not self._at_home and is_ours(vars(tfmr).get("forward"))
 
-    def bring_home(self, tfmr: Any) -> None:
-        """Brings a backbone's weights to where its norms are, for good."""
+    def bring_home(self) -> None:
+        """Brings the weights that wait on the host to where they belong, for good."""
         with self._lock:
-            self._at_home.add(tfmr)
-            packing.bring_home(tfmr)
+            self._bring_home()
 
     def release(self, t3: Any) -> None:
-        """Gives `t3` its own weights back, as they were before `of`."""
+        """Gives `t3` its own weights back, as they were before `of`, for good."""
         with self._lock:
             _, engine = self._of.pop(t3, (None, None))
             if engine is not None:
                 engine.clear()
                 del engine
-            if why_unsupported(t3) is None:
-                packing.bring_home(t3.tfmr)
-            self._at_home.clear()
+            self._bring_home()
+
+    def _bring_home(self) -> None:
+        self._at_home = True
+        if self._sent is not None:
+            self._sent.bring_home()
+            self._sent = None
 
 
 def is_out_of_memory(failure: BaseException) -> bool:
@@ -180,15 +216,16 @@ def is_out_of_memory(failure: BaseException) -> bool:
     return cpu or isinstance(failure, torch.OutOfMemoryError)
 
 
-def out_of_memory(engine: Engine, said: str) -> torch.OutOfMemoryError:
-    """Frees what the engine keeps between requests; the error to raise, once the request is gone.
+def out_of_memory(device: torch.device, said: str) -> torch.OutOfMemoryError:
+    """The error to raise, once the request is gone and what was kept for others is cleared.
 
     Args:
         said: torch's own message. Not its exception, which keeps the request's buffers alive.
     """
-    engine.clear()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return torch.OutOfMemoryError(
-        f"chatterbox_fast: T3 ran out of memory on {engine.device}. Its cached buffers, graphs and "
+        f"chatterbox_fast: T3 ran out of memory on {device}. Its cached buffers, graphs and "
         "voices are freed now, and the model is usable. Fewer requests at once, a shorter text or "
         f"precision='bf16' need less. ({said})"
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock, Semaphore
 
 import torch
 
 from ..graph import settle
+from .poll import FlagPoll
 from .state import DecodeState, capacity_for
 
 AT_ONCE = 8
@@ -22,12 +23,17 @@ Step = Callable[[int, "torch.Generator | None"], None]
 """(slots attention looks at, generator) -> runs one decode step on its own state."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Slot:
-    """Buffers, and the step that runs on them: eager, or a captured graph."""
+    """Buffers, the step that runs on them, eager or a captured graph, and how they are polled."""
 
     state: DecodeState
     step: Step
+    poll: FlagPoll = field(init=False)
+
+    def __post_init__(self) -> None:
+        """A request that draws from numbers on the device is polled late."""
+        self.poll = FlagPoll(late=self.state.philox is not None)
 
 
 class Lease:
@@ -44,6 +50,7 @@ class Lease:
         larger = self._pool.take(self.slot.state.rows, positions + 1)
         larger.state.continue_from(self.slot.state, positions)
         settle(larger.state.position.device)  # before somebody else gets the small one
+        larger.poll, self.slot.poll = self.slot.poll, larger.poll  # its copies are on their way
         self._pool.give_back(self.slot)
         self.slot = larger
 
@@ -84,10 +91,12 @@ class SlotPool:
         return self._make(rows, capacity)
 
     def give_back(self, slot: Slot) -> None:
-        """Keeps `slot` for the next request; the one idle for longest goes."""
+        """Keeps `slot` for the next request unless it is too large; those idle for longest go."""
+        if slot.state.bytes > KEPT_BYTES:
+            return
         with self._lock:
             self._idle.append(slot)
-            while len(self._idle) > 1 and sum(s.state.bytes for s in self._idle) > KEPT_BYTES:
+            while sum(s.state.bytes for s in self._idle) > KEPT_BYTES:
                 del self._idle[0]
 
     def clear(self) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, SupportsIndex
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import reference
 from ..ops import SamplingParams
 from ..request import current_request
 from ..rng import PhiloxStream
@@ -17,9 +17,6 @@ from .engine import Engine, is_out_of_memory, out_of_memory
 from .pool import Lease
 from .prefill import VoicePrefix, prefill, text_embeds
 from .state import CAPACITIES, DecodeState
-
-POLL_EVERY = 4
-"""Steps between two looks at the flags on a GPU, which then runs up to twice as many too far."""
 
 
 @torch.inference_mode()
@@ -63,6 +60,7 @@ def inference(
         ``cfg_weight=0``, where stock's generate() crashes, the unconditional row is left out.
 
     Raises:
+        TypeError: tokens that are not a tensor of ints, a token count that is no int.
         ValueError: a parameter out of range, a text or a token count beyond the model's positions,
             a voice that does not fit the model.
         NotImplementedError: `prepend_prompt_speech_tokens`, as in stock.
@@ -78,14 +76,16 @@ def inference(
     initial = check_initial_speech_tokens(t3, initial_speech_tokens)
     try:
         voice = engine.voice(t3, t3_cond)
+        given = 1 if initial is None else initial.shape[1]
+        check_length(voice.length + text.shape[1] + given + 1, limit)
         embeds = text_embeds(t3, text, initial, cfg_weight)
-        check_length(voice.length + embeds.shape[1], limit)
         return _speak(engine, voice, embeds, sampling, t3.hp.start_speech_token, limit, generator)
     except RuntimeError as failure:
         if not is_out_of_memory(failure):
             raise
         said = str(failure)
-    raise out_of_memory(engine, said)
+    engine.clear()
+    raise out_of_memory(engine.device, said)
 
 
 def _speak(
@@ -139,7 +139,8 @@ def _decode(lease: Lease, generator: torch.Generator | None, start: int, limit: 
 
     On a GPU some are drawn after the stop token.
     """
-    poll = FlagPoll(late=lease.slot.state.philox is not None)
+    poll = lease.slot.poll
+    poll.start()
     hidden = not current_request().progress
     with tqdm(total=limit, desc="Sampling", dynamic_ncols=True, disable=hidden) as bar:
         for drawn in range(1, limit):
@@ -151,53 +152,6 @@ def _decode(lease: Lease, generator: torch.Generator | None, start: int, limit: 
         bar.update()
     poll.finish(lease.slot.state.flags, limit)
     return limit
-
-
-class FlagPoll:
-    """Reads a request's flags on the host: at every token, or late and rarely on a GPU.
-
-    There the flags are copied every `POLL_EVERY` steps, and a copy is looked at when the next one
-    is under way: the host waits for steps that are done, and the stream never runs dry.
-    """
-
-    def __init__(self, late: bool) -> None:
-        """`late`: tokens drawn too many cost nothing, as their random numbers are given back."""
-        self._late = late
-        self._copies: list[tuple[Tensor, torch.cuda.Event]] = []
-
-    def finished(self, flags: Tensor, drawn: int) -> bool:
-        """Whether the stop token is known to be among the `drawn` tokens.
-
-        Raises:
-            RuntimeError: a token had to be drawn from logits with a NaN or nothing finite.
-        """
-        if not self._late:
-            return _stopped(int(flags), f"token {drawn}")
-        if drawn % POLL_EVERY:
-            return False
-        copy = torch.empty(1, dtype=torch.int32, device="cpu", pin_memory=True)
-        copy.copy_(flags, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record(torch.cuda.current_stream(flags.device))
-        self._copies.append((copy, copied))
-        if len(self._copies) < 2:
-            return False
-        copy, copied = self._copies.pop(0)
-        copied.synchronize()
-        return _stopped(int(copy), f"a token before number {drawn}")
-
-    def finish(self, flags: Tensor, drawn: int) -> None:
-        """After the last token: raises as `finished` does."""
-        _stopped(int(flags), f"token {drawn} or one before")
-
-
-def _stopped(flags: int, where: str) -> bool:
-    if flags & reference.FAILED:
-        raise RuntimeError(
-            f"chatterbox_fast: T3's logits for {where} have a NaN or no finite value; "
-            "check the conditioning and the weights"
-        )
-    return bool(flags & reference.STOPPED)
 
 
 def _up_to_stop(tokens: Tensor, stop_token: int) -> int:
@@ -219,9 +173,11 @@ def check_text(t3: Any, text_tokens: Tensor) -> Tensor:
     """`text_tokens` as one row ``(1, S)`` int64 on the model's device.
 
     Raises:
+        TypeError: not a tensor of ints.
         ValueError: another shape, no start or stop token, an id the model does not have, or more
             tokens than it has positions.
     """
+    _check_ids("text_tokens", text_tokens)
     text = torch.atleast_2d(text_tokens).to(dtype=torch.long, device=t3.device)
     if text.dim() != 2 or text.shape[0] not in (1, 2):
         raise ValueError(
@@ -246,11 +202,13 @@ def check_initial_speech_tokens(t3: Any, tokens: Tensor | None) -> Tensor | None
     """`tokens` as one row ``(1, n)`` int64 on the model's device.
 
     Raises:
+        TypeError: not a tensor of ints.
         ValueError: another shape, rows that differ, an id the model does not have, or more than
             it has positions.
     """
     if tokens is None:
         return None
+    _check_ids("initial_speech_tokens", tokens)
     rows = torch.atleast_2d(tokens).to(dtype=torch.long, device=t3.device)
     if rows.dim() != 2 or rows.shape[0] not in (1, 2) or not bool((rows == rows[:1]).all()):
         raise ValueError(
@@ -269,6 +227,16 @@ def check_initial_speech_tokens(t3: Any, tokens: Tensor | None) -> Tensor | None
     return rows[:1]
 
 
+def _check_ids(name: str, tokens: Any) -> None:
+    if not torch.is_tensor(tokens):
+        got = f"a {type(tokens).__qualname__}"
+    elif tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        got = str(tokens.dtype)
+    else:
+        return
+    raise TypeError(f"chatterbox_fast: {name} must be a tensor of ints, got {got}")
+
+
 def check_max_new_tokens(t3: Any, max_new_tokens: int | None) -> int:
     """The token limit of a request.
 
@@ -278,10 +246,12 @@ def check_max_new_tokens(t3: Any, max_new_tokens: int | None) -> int:
     most = t3.speech_pos_emb.emb.num_embeddings - 1
     if max_new_tokens is None:
         return min(int(t3.hp.max_speech_tokens), most)
-    if not isinstance(max_new_tokens, SupportsIndex):
-        raise TypeError(f"chatterbox_fast: max_new_tokens must be an int, got {max_new_tokens!r}")
-    if not 1 <= max_new_tokens <= most:
-        raise ValueError(
-            f"chatterbox_fast: max_new_tokens must be in [1, {most}], got {max_new_tokens}"
-        )
-    return int(max_new_tokens)
+    try:
+        limit = operator.index(max_new_tokens)
+    except TypeError:  # of a tensor of floats too, which has an __index__
+        raise TypeError(
+            f"chatterbox_fast: max_new_tokens must be an int, got {max_new_tokens!r}"
+        ) from None
+    if not 1 <= limit <= most:
+        raise ValueError(f"chatterbox_fast: max_new_tokens must be in [1, {most}], got {limit}")
+    return limit

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
-from .. import dispatch
 from ..options import Options
-from ..overrides import Change, Override, bound
+from ..overrides import REDUCE, Change, Override, bound, reduce_as_stock
 from ..request import current_request
 from ..rng import drawing_by_name
 from ..site import Row, Site
@@ -33,7 +32,7 @@ def packing_changes(t3: Any, engines: Engines) -> list[Change]:
     packing = Packing(t3, engines)
     if why_unsupported(t3) is not None:  # its backbone may not even be transformers'
         return [packing]
-    return [home_guard(t3, engines), packing]
+    return [*home_guards(t3, engines), packing]
 
 
 @dataclass
@@ -78,8 +77,7 @@ def describe_t3(t3: Any, engines: Engines) -> list[Row]:
         Row("t3.inference", f"engine, {engine.precise.precision}", backend, "; ".join(why)),
         describe_memory(t3, engine),
     ]
-    for op in dispatch.T3_OPS:
-        choice = dispatch.choose(op, device, engine.options.backend)
+    for op, choice in engine.choices.items():
         rows.append(Row(f"  {op}", "op", choice.backend, choice.reason))
     return rows
 
@@ -114,17 +112,24 @@ def make_t3_inference(stock: Callable[..., Any], *, engines: Engines) -> Callabl
     return inference
 
 
-def home_guard(t3: Any, engines: Engines) -> Override:
-    """The backbone's forward, for all who call it, stock's loop among them.
+def home_guards(t3: Any, engines: Engines) -> list[Change]:
+    """The backbone's forward, for all who call it, stock's loop among them; and its copies.
 
-    The engine does not. It may keep the backbone's weights on the host: they come home first, and
-    stay.
+    The engine does not call it. It may keep the backbone's weights on the host: they come home
+    first, and stay.
     """
     stock = type(t3.tfmr).forward
 
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        engines.bring_home(self)
+        engines.bring_home()
         return stock(self, *args, **kwargs)
 
-    return Override(t3.tfmr, "forward", bound(forward, t3.tfmr))
+    def reduce(self: Any, protocol: Any) -> Any:
+        engines.bring_home()
+        return reduce_as_stock(self, protocol)
+
+    return [
+        Override(t3.tfmr, "forward", bound(forward, t3.tfmr)),
+        Override(t3.tfmr, REDUCE, bound(reduce, t3.tfmr)),
+    ]

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..ops import SamplingParams
-from ..options import Backend
 from .weights import T3Weights
 
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192)
@@ -51,7 +50,7 @@ class DecodeState:
     arrivals: Tensor  # (B H,) int32       0 between steps: see ops.decode_attention
     philox: Tensor | None  # (R, 2) int64  random state, where it lives on the device
     stop_token: int
-    backend: Backend
+    sampler: str  # the backend of cfg_sample
 
     @classmethod
     def allocate(
@@ -61,7 +60,7 @@ class DecodeState:
         *,
         rows: int,
         stop_token: int,
-        backend: Backend = "auto",
+        sampler: str,
         philox: bool = False,
     ) -> DecodeState:
         """Buffers for any request; `reset` makes them a certain one's.
@@ -69,6 +68,7 @@ class DecodeState:
         Args:
             rotary: cos and sin ``(C, D)``; the capacity is theirs.
             rows: B.
+            sampler: the backend of cfg_sample.
             philox: whether the random state lives on the device.
         """
         cos, sin = rotary
@@ -94,7 +94,7 @@ class DecodeState:
             arrivals=zeros(rows * weights.heads, of=torch.int32),
             philox=zeros(1, 2) if philox else None,
             stop_token=stop_token,
-            backend=backend,
+            sampler=sampler,
         )
 
     def reset(self, sampling: SamplingParams, start_token: int) -> None:

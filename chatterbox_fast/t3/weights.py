@@ -7,7 +7,7 @@
   in a decode step, all that lies between the matrices stay in float32, which is why the error is
   smaller than that of a model converted as a whole.
 - On a GPU the copy takes the place of the layers' own matrices. Those wait on the host, bit for
-  bit, until `bring_home`.
+  bit, until `Originals.bring_home`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..precision import Precise
 from .projection import Norm, Projection, Projections
 from .support import head_dim, projection_weights
@@ -61,27 +60,30 @@ class Packed(NamedTuple):
     decode: T3Weights
 
 
-def pack(t3: Any, precise: Precise) -> Packed:
+def pack(t3: Any, precise: Precise, attend_by: str) -> Packed:
     """Packs the weights of a T3 that `why_unsupported` has nothing against.
 
     On a CPU prefill reads the model's own matrices in any precision: they stay where they are, and
     many rows at once are bound by arithmetic, which float32 does best.
+
+    Args:
+        attend_by: the backend of decode_attention.
     """
     with torch.inference_mode(False), torch.no_grad():
         if t3.device.type == "cuda":
-            copied = _gather(t3, _Copied(t3, precise))
+            copied = _gather(t3, _Copied(t3, precise), attend_by)
             return Packed(copied, copied)
-        own = _gather(t3, _Own(t3, precise))
+        own = _gather(t3, _Own(t3, precise), attend_by)
         if precise.precision == "exact":
             return Packed(own, own)
-        return Packed(own, _gather(t3, _Copied(t3, precise)))
+        return Packed(own, _gather(t3, _Copied(t3, precise), attend_by))
 
 
 class _Own:
     """Makes projections of the parameters themselves."""
 
     def __init__(self, t3: Any, precise: Precise) -> None:
-        self.kernel, self.attention = precise.kernel, _attention(t3, precise)
+        self.kernel = precise.linear.backend
         self.cache_dtype = t3.speech_head.weight.dtype
 
     def __call__(self, *parameters: nn.Parameter) -> Projections:
@@ -92,7 +94,7 @@ class _Copied:
     """Makes one projection of a copy of the parameters, on the model's device."""
 
     def __init__(self, t3: Any, precise: Precise) -> None:
-        self.kernel, self.attention = precise.kernel, _attention(t3, precise)
+        self.kernel = precise.linear.backend
         self.dtype, self.device = precise.dtype, t3.device
         self.cache_dtype = self.dtype if self.dtype.is_floating_point else torch.bfloat16
 
@@ -103,24 +105,23 @@ class _Copied:
         return (Projection(weight, torch.cat(scales) if scales else None, self.kernel),)
 
 
-def _attention(t3: Any, precise: Precise) -> str:
-    """The backend of decode_attention for this T3's heads."""
-    return precise.attention if head_dim(t3.cfg) == ops.HEAD_DIM else "reference"
-
-
 def _narrow(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """`weight` in `dtype`; int8 symmetric, with a scale ``(N,)`` for each row."""
+    """`weight` in `dtype`; int8 symmetric, with a scale ``(N,)`` for each row.
+
+    The scale of a row with a NaN or an infinity is no number either, so that its outputs are not.
+    """
     if dtype != torch.int8:
         return weight.to(dtype), None
     scale = weight.abs().amax(dim=1).float() / 127
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+    scale = torch.where(scale == 0, 1.0, scale)
+    steps = (weight / scale[:, None]).round().clamp(-127, 127)  # a tiny scale is rounded much
+    return steps.nan_to_num(0).to(torch.int8), scale
 
 
-def _gather(t3: Any, make: _Own | _Copied) -> T3Weights:
+def _gather(t3: Any, make: _Own | _Copied, attend_by: str) -> T3Weights:
     tfmr, heads = t3.tfmr, t3.cfg.num_attention_heads
     return T3Weights(
-        layers=tuple(_layer(layer, heads, make) for layer in tfmr.layers),
+        layers=tuple(_layer(layer, heads, make, attend_by) for layer in tfmr.layers),
         norm=_norm(tfmr.norm),
         head=make(t3.speech_head.weight)[0],
         speech_emb=t3.speech_emb.weight.detach(),
@@ -131,7 +132,7 @@ def _gather(t3: Any, make: _Own | _Copied) -> T3Weights:
     )
 
 
-def _layer(layer: Any, heads: int, make: _Own | _Copied) -> LayerWeights:
+def _layer(layer: Any, heads: int, make: _Own | _Copied, attend_by: str) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     return LayerWeights(
         input_norm=_norm(layer.input_layernorm),
@@ -141,7 +142,7 @@ def _layer(layer: Any, heads: int, make: _Own | _Copied) -> LayerWeights:
         gate_up=make(mlp.gate_proj.weight, mlp.up_proj.weight),
         down=make(mlp.down_proj.weight)[0],
         heads=heads,
-        attention=make.attention,
+        attention=attend_by,
     )
 
 
@@ -149,21 +150,30 @@ def _norm(norm: Any) -> Norm:
     return Norm(norm.weight.detach(), norm.variance_epsilon)
 
 
-def send_to_host(tfmr: Any) -> None:
-    """Keeps the layers' own matrices on the host; norms stay where they are."""
-    _move_projections(tfmr, torch.device("cpu"))
+class Originals(NamedTuple):
+    """The layers' own matrices of a backbone, found once: a module may look otherwise later."""
 
+    matrices: list[nn.Parameter]
+    at_home: nn.Parameter  # it never leaves, and moves where the user moves the model
 
-def bring_home(tfmr: Any) -> None:
-    """Undoes `send_to_host`: the layers' own matrices are where their norms are."""
-    _move_projections(tfmr, tfmr.norm.weight.device)
+    @classmethod
+    def of(cls, tfmr: Any) -> Originals:
+        """Those of a backbone that `why_unsupported` has nothing against."""
+        return cls(projection_weights(tfmr), tfmr.norm.weight)
 
+    def send_to_host(self) -> None:
+        """Keeps them on the host; norms and embeddings stay where they are."""
+        self._move(torch.device("cpu"))
 
-def _move_projections(tfmr: Any, device: torch.device) -> None:
-    with torch.inference_mode(False), torch.no_grad():
-        for parameter in projection_weights(tfmr):
-            if parameter.device != device:
-                parameter.data = parameter.detach().to(device)
+    def bring_home(self) -> None:
+        """Undoes `send_to_host`, whatever has become of the model since."""
+        self._move(self.at_home.device)
+
+    def _move(self, device: torch.device) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for parameter in self.matrices:
+                if parameter.device != device:
+                    parameter.data = parameter.detach().to(device)
 
 
 def bytes_of(weights: T3Weights) -> int:

@@ -1,0 +1,131 @@
+"""Whether a kernel computes what its reference does on this very machine; asked once a process.
+
+A wheel may have been built for another GPU, or run on a CPU that nobody tried.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from . import dispatch, ops, reference
+from .dispatch import Choice
+from .options import Backend
+
+Case = tuple[str, Tensor, Tensor]
+"""What is computed, by the kernel and by the reference, which runs on the CPU in float32."""
+
+CLOSE = {"rtol": 1e-3, "atol": 1e-3}
+"""Of values around 1: ten times what a kernel may be off, and far less than a wrong one is."""
+
+
+def choose(op: str, device: torch.device, option: Backend, dtype: torch.dtype) -> Choice:
+    """As `dispatch.choose`, for the ops of T3; a kernel that fails its test makes way.
+
+    Of the extension and Triton the other one is taken where it works, else the reference.
+    """
+    failures: list[str] = []
+    for preferred in (option, "triton", "cuda"):
+        choice = dispatch.choose(op, device, preferred, dtype)
+        if choice.backend == "reference":
+            return Choice("reference", "; ".join(failures) or choice.reason)
+        failed = why_failed(op, choice.backend, device)
+        if failed is None:
+            return Choice(choice.backend, "; ".join(failures) or choice.reason)
+        if failed not in failures:
+            failures.append(failed)
+    return Choice("reference", "; ".join(failures))
+
+
+@functools.cache
+def why_failed(op: str, backend: str, device: torch.device) -> str | None:
+    """The reason why `op` by `backend` is not to be used on `device`; None where it works."""
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            for case, own, expected in _CASES[op](backend, device):
+                if not torch.allclose(own.cpu().float(), expected.float(), **CLOSE):
+                    return f"{op} is wrong on this machine with {case}"
+    except torch.OutOfMemoryError:  # says nothing of the kernel
+        raise
+    except Exception as failure:  # whatever a broken build or driver brings
+        first_line = str(failure).partition("\n")[0]
+        return f"{op} raises {type(failure).__name__}: {first_line}"
+    return None
+
+
+def _random(seed: int) -> Callable[..., Tensor]:
+    """(shape) -> normal numbers: the same on every machine, whatever torch's defaults are."""
+    source = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=source, dtype=torch.float32, device="cpu")
+
+
+def _skinny_linear(backend: str, device: torch.device) -> Iterator[Case]:
+    """Every dtype of weights, with and without what is fused, more inputs than one loop takes."""
+    kernel, inputs, outputs, normal = ops.skinny_linear_by(backend), 2100, 10, _random(0)
+    x, norm, residual = normal(2, inputs), normal(inputs), normal(2, outputs // 2)
+    weight = normal(outputs, inputs) / inputs**0.5
+    scale = torch.linspace(1, 2, outputs, dtype=torch.float32) / 1000
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+        narrow = dtype == torch.int8
+        stored = (weight * 1000).clamp(-127, 127).round().to(dtype) if narrow else weight.to(dtype)
+        plain = (x, stored, scale if narrow else None)
+        for call, gated in (((*plain, None, None), False), ((*plain, norm, residual), True)):
+            expected = reference.skinny_linear(*call, eps=1e-5, gated=gated)
+            own = kernel(*(_on(device, tensor) for tensor in call), eps=1e-5, gated=gated)
+            yield f"{dtype} weights", own, expected
+
+
+def _decode_attention(backend: str, device: torch.device) -> Iterator[Case]:
+    """Every dtype of the cache; a rotation by 90 degrees, which rounds nothing."""
+    kernel, normal = ops.decode_attention_by(backend), _random(1)
+    position, slots = torch.tensor([300]), 512
+    qkv, caches = normal(2, 3, 2, ops.HEAD_DIM), normal(2, 2, 2, slots, ops.HEAD_DIM)
+    cos, sin = torch.zeros(slots, ops.HEAD_DIM), torch.ones(slots, ops.HEAD_DIM)
+    tables = (position, torch.zeros(1, dtype=torch.int32), cos.float(), sin.float())
+    arrivals = torch.zeros(4, dtype=torch.int32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        call = (qkv, *caches.to(dtype, copy=True), *tables, None, None, arrivals)
+        copies = [None if tensor is None else tensor.to(device, copy=True) for tensor in call]
+        own, expected = kernel(*copies), reference.decode_attention(*call)
+        for got, wanted in ((own, expected), *zip(copies[1:5], call[1:5], strict=True)):
+            assert got is not None  # for mypy: what is None lies behind
+            assert wanted is not None
+            yield f"a cache in {dtype}", got, wanted
+
+
+def _cfg_sample(backend: str, device: torch.device) -> Iterator[Case]:
+    """A few draws in a row, with every rule of stock's chain, as the engine draws them."""
+    sample, normal, vocabulary = ops.cfg_sample_by(backend), _random(2), 300
+    params = ops.SamplingParams(top_p=0.9, top_k=50).pack(torch.float32, torch.device("cpu"))
+    seen = torch.zeros(1, vocabulary, dtype=torch.bool)
+    flags = torch.zeros(1, dtype=torch.int32)
+    own_seen, own_flags, own_params = (t.to(device, copy=True) for t in (seen, flags, params))
+    on_device = device.type == "cuda" and backend != "reference"
+    philox = torch.tensor([[7, 40]]) if on_device else None
+    own_philox = _on(device, philox)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    for _ in range(8):
+        logits = 3 * normal(2, vocabulary)
+        noise = ops.sampling_noise(seen, params, generators[0], philox, device)
+        wanted = reference.cfg_sample(logits, seen, params, flags, noise, stop_token=5)
+        own = sample(
+            logits.to(device), own_seen, own_params, own_flags, stop_token=5,
+            generator=generators[1], philox=own_philox,
+        )  # fmt: skip
+        yield "a draw", own, wanted
+    yield "the ids that were drawn", own_seen, seen
+    yield "the stop token", own_flags, flags
+
+
+def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+_CASES: dict[str, Callable[[str, torch.device], Iterator[Case]]] = {
+    "skinny_linear": _skinny_linear,
+    "decode_attention": _decode_attention,
+    "cfg_sample": _cfg_sample,
+}
