@@ -17,8 +17,8 @@ from transformers.generation.logits_process import (
 )
 
 from chatterbox_fast import dispatch, ops
-from chatterbox_fast.ops import SamplingParams
 from chatterbox_fast.rng import PhiloxStream
+from chatterbox_fast.sampling import SamplingParams
 
 ENGLISH = SamplingParams()
 NUCLEUS = SamplingParams(top_p=0.9, min_p=0.0)

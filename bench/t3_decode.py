@@ -40,8 +40,8 @@ from chatterbox_fast.fidelity import (
     entropy,
     stock_logits,
 )
-from chatterbox_fast.ops import SamplingParams
 from chatterbox_fast.options import Options
+from chatterbox_fast.sampling import SamplingParams
 from chatterbox_fast.t3.engine import Engine
 from chatterbox_fast.t3.weights import bytes_of
 from chatterbox_fast.testing import VOICE_PROMPT, random_model, random_t3

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import SamplingParams
+from .sampling import SamplingParams
 from .t3.decode_step import feed_token, step_logits
 from .t3.engine import Engine
 from .t3.prefill import prefill, text_embeds

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from . import dispatch, ops, reference
+from . import dispatch, ops, reference, sampling
 from .dispatch import Choice
 from .options import Backend
 
@@ -19,11 +19,12 @@ Case = tuple[str, Tensor, Tensor]
 """What is computed, by the kernel and by the reference, which runs on the CPU in float32."""
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
-"""Of values around 1: ten times what a kernel may be off, and far less than a wrong one is."""
+"""Of values around 1 in float32: ten times what a kernel may be off, and far less than a wrong one
+is. What comes out in half precision may be off by two units of its last place."""
 
 
 def choose(op: str, device: torch.device, option: Backend, dtype: torch.dtype) -> Choice:
-    """As `dispatch.choose`, for the ops of T3; a kernel that fails its test makes way.
+    """As `dispatch.choose`, for the ops of the engines; a kernel that fails its test makes way.
 
     Of the extension and Triton the other one is taken where it works, else the reference.
     """
@@ -46,7 +47,9 @@ def why_failed(op: str, backend: str, device: torch.device) -> str | None:
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for case, own, expected in _CASES[op](backend, device):
-                if not torch.allclose(own.cpu().float(), expected.float(), **CLOSE):
+                half = own.dtype.itemsize == 2
+                close = dict.fromkeys(CLOSE, 2 * torch.finfo(own.dtype).eps) if half else CLOSE
+                if not torch.allclose(own.cpu().float(), expected.float(), **close):
                     return f"{op} is wrong on this machine with {case}"
     except torch.OutOfMemoryError:  # says nothing of the kernel
         raise
@@ -99,7 +102,7 @@ def _decode_attention(backend: str, device: torch.device) -> Iterator[Case]:
 def _cfg_sample(backend: str, device: torch.device) -> Iterator[Case]:
     """A few draws in a row, with every rule of stock's chain, as the engine draws them."""
     sample, normal, vocabulary = ops.cfg_sample_by(backend), _random(2), 300
-    params = ops.SamplingParams(top_p=0.9, top_k=50).pack(torch.float32, torch.device("cpu"))
+    params = sampling.SamplingParams(top_p=0.9, top_k=50).pack(torch.float32, torch.device("cpu"))
     seen = torch.zeros(1, vocabulary, dtype=torch.bool)
     flags = torch.zeros(1, dtype=torch.int32)
     own_seen, own_flags, own_params = (t.to(device, copy=True) for t in (seen, flags, params))
@@ -120,6 +123,35 @@ def _cfg_sample(backend: str, device: torch.device) -> Iterator[Case]:
     yield "the stop token", own_flags, flags
 
 
+def _padded_attention(backend: str, device: torch.device) -> Iterator[Case]:
+    """Every dtype; rows that end within a tile of keys, after several, and at once."""
+    kernel, normal = ops.padded_attention_by(backend), _random(3)
+    qkv, lengths = normal(3, 150, 3 * 2 * ops.HEAD_DIM), torch.tensor([150, 70, 0]).int()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        own = kernel(qkv.to(device, dtype), lengths.to(device), 2)
+        expected = reference.padded_attention(qkv.to(dtype), lengths, 2)
+        yield f"{dtype}", own, expected
+
+
+def _snake(backend: str, device: torch.device) -> Iterator[Case]:
+    """Every dtype; channels that no vector divides, and an argument of thousands."""
+    kernel, normal = ops.snake_by(backend), _random(4)
+    x, alpha = normal(2, 9, 37), normal(37).abs() + 0.5
+    x[0, 0] *= 2000
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        call = (x.to(dtype), alpha, 1 / alpha)
+        own = kernel(*(tensor.to(device) for tensor in call))
+        yield f"{dtype}", own, reference.snake(*call)
+
+
+def _istft(backend: str, device: torch.device) -> Iterator[Case]:
+    """More frames than a block has; loud ones, which are clipped."""
+    kernel, normal = ops.istft_by(backend), _random(5)
+    call = (2 * normal(2, 300, 18), torch.hann_window(16))
+    own = kernel(*(tensor.to(device) for tensor in call), 0.99)
+    yield "a spectrum", own, reference.istft(*call, 0.99)
+
+
 def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
 
@@ -128,4 +160,7 @@ _CASES: dict[str, Callable[[str, torch.device], Iterator[Case]]] = {
     "skinny_linear": _skinny_linear,
     "decode_attention": _decode_attention,
     "cfg_sample": _cfg_sample,
+    "padded_attention": _padded_attention,
+    "snake": _snake,
+    "istft": _istft,
 }

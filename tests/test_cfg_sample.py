@@ -20,9 +20,9 @@ from transformers.generation.logits_process import (
 )
 
 from chatterbox_fast import dispatch, ops, reference
-from chatterbox_fast.ops import SamplingParams
 from chatterbox_fast.reference import FAILED, FORCE, KEEP, STOPPED, SUPPRESS
 from chatterbox_fast.rng import PhiloxStream
+from chatterbox_fast.sampling import SamplingParams
 
 VOCABULARY, TURBO_VOCABULARY, STOP = 8194, 6563, 6562
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from toolkit import ARCHS, compile_kernels
 from torch import Tensor
 
 from chatterbox_fast import reference
-from chatterbox_fast.ops import SamplingParams
+from chatterbox_fast.sampling import SamplingParams
 
 DRIVER = build.HERE / "cfg_sample.cpp"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from chatterbox_fast import build_info
-from chatterbox_fast.ops import SamplingParams
 from chatterbox_fast.reference import FAILED
+from chatterbox_fast.sampling import SamplingParams
 from chatterbox_fast.t3.decode_step import decode_step, draw_token
 from chatterbox_fast.t3.engine import Engine
 from chatterbox_fast.t3.prefill import prefill, text_embeds

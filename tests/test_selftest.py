@@ -16,7 +16,7 @@ from chatterbox_fast.t3.engine import Engine, Engines
 from chatterbox_fast.testing import random_t3
 
 CPU = torch.device("cpu")
-OPS = ("skinny_linear", "decode_attention", "cfg_sample")
+OPS = tuple(selftest._CASES)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 Break = Callable[..., Any]
 
@@ -170,3 +170,17 @@ def test_the_report_shows_what_the_engine_uses(
     wide = "the kernels take heads of 64, these are 32 wide"
     assert rows["  decode_attention"] == ("reference", wide)
     assert rows["  skinny_linear"] == ("extension", "compiled for cpu")
+
+
+@pytest.mark.parametrize("op", ["padded_attention", "snake", "istft"])
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_an_op_of_s3gen_that_is_wrong_with_a_dtype(
+    broken: Any, op: str, dtype: torch.dtype
+) -> None:
+    """By a twentieth: more than any rounding to bfloat16."""
+    if op == "istft" and dtype != torch.float32:
+        pytest.skip("its spectrum is float32")
+    broken(op, lambda right, x, *rest: right(x, *rest) * (1 + (x.dtype == dtype) / 20))
+    found = chosen(op)
+    assert found.backend == "reference"
+    assert found.reason.startswith(f"{op} is wrong on this machine with ")

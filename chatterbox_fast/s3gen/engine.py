@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import selftest
 from ..compiling import compiled
-from ..dispatch import Choice, choose, requested_backend
+from ..dispatch import Choice, requested_backend
 from ..graph import CaptureError, capture, graphs_wanted, settle, why_no_graph
 from ..modules import Fingerprint, fingerprint
 from ..ops import HEAD_DIM
@@ -130,7 +131,7 @@ def _choose_padded(
     width = attention.to_q.out_features // attention.heads
     if width != HEAD_DIM:
         return Choice("reference", f"the kernels take heads of {HEAD_DIM}, these have {width}")
-    return choose("padded_attention", device, options.backend, dtype)
+    return selftest.choose("padded_attention", device, options.backend, dtype)
 
 
 class VocoderEngine:
@@ -148,11 +149,11 @@ class VocoderEngine:
         weight = mel2wav.conv_pre.weight
         self.precision, dtype, self.why = choose_float(options, weight.device, weight.dtype)
         narrow = None if dtype == weight.dtype else dtype
-        self.snake = choose("snake", weight.device, options.backend, dtype)
+        self.snake = selftest.choose("snake", weight.device, options.backend, dtype)
         if options.compile:
             self.snake = Choice("reference", "torch.compile fuses it with what is around it")
         # The spectrum is float32 whatever the precision.
-        self.istft = choose("istft", weight.device, options.backend, weight.dtype)
+        self.istft = selftest.choose("istft", weight.device, options.backend, weight.dtype)
         self.weights = pack_vocoder(
             mel2wav, narrow, snake=self.snake.backend, istft=self.istft.backend
         )

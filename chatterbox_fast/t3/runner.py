@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..ops import SamplingParams
 from ..request import current_request
 from ..rng import PhiloxStream
+from ..sampling import SamplingParams
 from .decode_step import draw_token
 from .engine import Engine, is_out_of_memory, out_of_memory
 from .pool import Lease

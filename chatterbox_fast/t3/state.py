@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import SamplingParams
+from ..sampling import SamplingParams
 from .weights import T3Weights
 
 CAPACITIES = (256, 512, 1024, 2048, 4096, 8192)
