@@ -137,6 +137,20 @@ def test_scores_far_apart(backend: Any, dtype: torch.dtype, spread: float) -> No
     check(random_call(150, [140, 70], dtype=dtype, spread=spread), by(backend))
 
 
+def far_below_zero(dtype: torch.dtype) -> Call:
+    """Every score is about -200, whose exponential no float holds."""
+    call = random_call(150, [140, 70], dtype=dtype)
+    parts = call.qkv.view(2, 150, 3, 2, DIM)
+    parts[:, :, 0, :, -1], parts[:, :, 1, :, -1] = 40, -40
+    return call
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_far_below_zero(backend: Any, dtype: torch.dtype) -> None:
+    check(far_below_zero(dtype), by(backend))
+
+
 @given(
     positions=some.integers(0, 150),
     lengths=some.lists(some.integers(-3, 160), max_size=3),
