@@ -103,6 +103,7 @@ CASES: tuple[tuple[int, list[int], int], ...] = (
     (64, [64, 63], 1),
     (130, [65, 130, 33, -4], 2),
     (200, [129, 900], 3),
+    (20, [9, 9, 20, 25, 9, 0, 0], 2),
     (7, [0, 0], 2),
     (0, [0, 4], 2),
     (9, [], 2),
@@ -135,6 +136,20 @@ def test_stocks_size(backend: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_far_apart(backend: Any, dtype: torch.dtype, spread: float) -> None:
     check(random_call(150, [140, 70], dtype=dtype, spread=spread), by(backend))
+
+
+def far_below_zero(dtype: torch.dtype) -> Call:
+    """Every score is about -200, whose exponential no float holds."""
+    call = random_call(150, [140, 70], dtype=dtype)
+    parts = call.qkv.view(2, 150, 3, 2, DIM)
+    parts[:, :, 0, :, -1], parts[:, :, 1, :, -1] = 40, -40
+    return call
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_far_below_zero(backend: Any, dtype: torch.dtype) -> None:
+    check(far_below_zero(dtype), by(backend))
 
 
 @given(

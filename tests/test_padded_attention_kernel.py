@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from test_padded_attention import (
     FLOATING,
     Call,
     check,
+    far_below_zero,
     nan_stays_in_its_row_and_head,
     random_call,
 )
@@ -72,6 +74,11 @@ def test_every_length(dtype: torch.dtype, plain: bool) -> None:
 @on_every_path
 def test_scores_far_apart(dtype: torch.dtype, plain: bool, spread: float) -> None:
     check(random_call(150, [140, 70], dtype=dtype, spread=spread), by_kernel(plain))
+
+
+@on_every_path
+def test_scores_far_below_zero(dtype: torch.dtype, plain: bool) -> None:
+    check(far_below_zero(dtype), by_kernel(plain))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -142,13 +149,14 @@ def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
     entries = compile_kernels(INSTANCES, arch, tmp_path)
     assert len(entries) == len(FLOATING)
     bodies = (tmp_path / "kernels.ptx").read_text().split(".entry ")[1:]
-    for entry, body in zip(entries, bodies, strict=True):
-        assert entry.name in body.partition("(")[0]
+    named = {body.partition("(")[0].strip(): body for body in bodies}
+    for entry in entries:
         on_tensor_cores = arch != "75" and "kernelIf" not in entry.name
         kind = "bf16" if "bfloat16" in entry.name else "f16"
-        products = body.count(f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32")
-        assert products == (on_tensor_cores and 2 * 8 * 4), "scores and values of a tile"
-        assert body.count("mma.sync") == products
+        products = re.findall(r"mma\.sync\.\S+", named[entry.name])
+        assert set(products) <= {f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"}
+        assert len(products) == (2 * 8 * 4 if on_tensor_cores else 0), "scores, values of a tile"
         assert entry.spilled == 0
-        assert entry.registers <= 168, "three blocks a multiprocessor"
         assert entry.shared == (2 * 64 * 72 * 2 if on_tensor_cores else 4 * (2 * 64 * 68 + 64 * 36))
+        if arch in ("89", "90"):
+            assert entry.registers <= 168, "three blocks a multiprocessor"

@@ -18,6 +18,7 @@ from test_padded_attention import (
     FLOATING,
     Call,
     check,
+    far_below_zero,
     nan_stays_in_its_row_and_head,
     random_call,
 )
@@ -58,6 +59,11 @@ def test_stocks_size(interpreted: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FLOATING)
 def test_scores_far_apart(interpreted: Any, dtype: torch.dtype, spread: float) -> None:
     check(random_call(150, [140, 70], dtype=dtype, spread=spread), interpreted)
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_scores_far_below_zero(interpreted: Any, dtype: torch.dtype) -> None:
+    check(far_below_zero(dtype), interpreted)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

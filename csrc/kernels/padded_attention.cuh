@@ -70,7 +70,7 @@ RT_DEVICE PaddedPart<T> padded_part(const PaddedAttentionArgs<T>& args) {
   part.stride = 3 * width;
   part.out_stride = width;
   part.first = blockIdx.x % args.tiles * kPaddedQueries;
-  part.length = length < 0 ? 0 : length < args.positions ? length : args.positions;
+  part.length = length < args.positions ? length : args.positions;  // below 0 none is valid
   part.positions = args.positions;
   return part;
 }
@@ -254,30 +254,32 @@ constexpr int kTensorKeys = 64;              // a tile
 constexpr int kTensorRow = kPaddedHead + 8;  // elements; eight neighbouring rows share no banks
 constexpr int kTensorPacks = kTensorKeys * kPaddedHead / 8 / kPaddedThreads;  // a thread
 
-// A thread's share of a tile of rows, on its way to shared memory.
-template <typename T>
+// A thread's share of a tile of rows, on its way to shared memory, as words: elements would be
+// taken apart and put together again.
 struct TileShare {
-  Pack<T, 8> packs[kTensorPacks];
+  Pack<unsigned, 4> packs[kTensorPacks];
 };
 
 // Rows of a head; zeros from row `valid` on.
 template <typename T>
-RT_DEVICE TileShare<T> fetch_tile(const T* from, long long stride, int valid) {
-  TileShare<T> share = {};
+RT_DEVICE TileShare fetch_tile(const T* from, long long stride, int valid) {
+  TileShare share = {};
 #pragma unroll
   for (int i = 0; i < kTensorPacks; ++i) {
     const int pack = threadIdx.x + i * kPaddedThreads, row = pack / 8;
-    if (row < valid) share.packs[i] = load_pack<8>(from + row * stride + pack % 8 * 8);
+    const T* const at = from + row * stride + pack % 8 * 8;
+    if (row < valid) share.packs[i] = load_pack<4>(reinterpret_cast<const unsigned*>(at));
   }
   return share;
 }
 
 template <typename T>
-RT_DEVICE void put_tile(const TileShare<T>& share, T* tile) {
+RT_DEVICE void put_tile(const TileShare& share, T* tile) {
 #pragma unroll
   for (int i = 0; i < kTensorPacks; ++i) {
     const int pack = threadIdx.x + i * kPaddedThreads;
-    *reinterpret_cast<Pack<T, 8>*>(tile + pack / 8 * kTensorRow + pack % 8 * 8) = share.packs[i];
+    T* const at = tile + pack / 8 * kTensorRow + pack % 8 * 8;
+    *reinterpret_cast<Pack<unsigned, 4>*>(at) = share.packs[i];
   }
 }
 
@@ -387,8 +389,8 @@ template <typename T>
 RT_DEVICE void attend_tensor(const PaddedPart<T>& part) {
   RT_SHARED(T, keys, kTensorKeys * kTensorRow);
   RT_SHARED(T, values, kTensorKeys * kTensorRow);
-  TileShare<T> k = fetch_tile(part.k, part.stride, part.length);
-  TileShare<T> v = fetch_tile(part.v, part.stride, part.length);
+  TileShare k = fetch_tile(part.k, part.stride, part.length);
+  TileShare v = fetch_tile(part.v, part.stride, part.length);
   put_tile(fetch_tile(part.q + part.first * part.stride, part.stride, part.length - part.first),
            keys);
   __syncthreads();
