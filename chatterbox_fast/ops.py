@@ -170,6 +170,8 @@ def skinny_linear(
 ) -> Tensor:
     """``x @ weight.T`` for a few rows: reads the weights once, in the dtype they are stored in.
 
+    On a CPU float16 weights are widened as a whole at each call.
+
     Args:
         x, weight, scale, norm, residual, eps, gated: see `reference.skinny_linear`. Where one of
             them requires a gradient the reference runs, which has one.

@@ -231,7 +231,8 @@ def skinny_linear(
         gated: the product is gated: ``silu(gate) * up``.
 
     Returns:
-        ``(M, N)`` in x's dtype. The CPU kernel rounds x to 15 bits for an int8 weight.
+        ``(M, N)`` in x's dtype. For an int8 weight the CPU kernel rounds x to 15 bits of the
+        largest of 128 neighbours.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     own = x.to(wide) if norm is None else rms_norm(x.to(wide), norm.to(wide), eps)

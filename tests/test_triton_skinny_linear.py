@@ -91,6 +91,8 @@ def test_a_nan_stays_in_its_row_of_x(interpreted: Any) -> None:
 def test_empty(interpreted: Any, shape: tuple[int, int, int]) -> None:
     y = interpreted(random_call(shape, torch.float32, torch.int8))
     assert torch.equal(y, torch.zeros(shape[0], shape[2]))
+    fused = random_fused(shape, (True, True, True))
+    assert torch.equal(interpreted(fused), fused.residual)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -124,6 +124,8 @@ def skinny_linear(
     y = torch.empty(rows, outputs, dtype=dtype, device=x.device)
     if y.numel() == 0:
         return y.to(x.dtype)
+    if inputs == 0:
+        norm = None  # a mean of nothing is none
     padded = triton.next_power_of_2(rows)
     block = min(_BLOCK // padded, triton.next_power_of_2(max(inputs, 1)))
     with torch.cuda.device_of(x):

@@ -1,11 +1,12 @@
-// CPU op of skinny_linear: reads the weights once, at the speed of memory. Contract:
-// chatterbox_fast/reference.py, skinny_linear.
+// CPU op of skinny_linear: reads the weights once, at the speed of memory, unless they are float16.
+// Contract: chatterbox_fast/reference.py, skinny_linear.
 //
 // A thread takes a range of outputs, one or two at a time: each vector of weights that it loads
 // serves all rows of x. Narrow weights are widened on the way:
 // - bfloat16 to float; other types without a path of their own, all at once, before;
-// - int8 to 16 bits; x is rounded to 15 bits with one scale a row, and products are summed as
-//   integers, in runs short enough for 32 bits. The error is below that of rounding x to bfloat16.
+// - int8 to 16 bits; x is rounded to 15 bits with one scale for every kRun of a row, whose products
+//   are summed as integers. An x is off by half of 1/16383 of the largest of its run at most: less
+//   than bfloat16's rounding where it is over 1/64 of that.
 // Before, the calling thread normalises x; after, it gates the outputs and adds the residual.
 // Sums are float (int8: exact within a run). The result does not depend on the number of threads.
 #include "skinny_linear.h"
@@ -17,6 +18,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "vectors.h"
@@ -28,7 +30,7 @@ namespace {
 constexpr int64_t kCacheLine = 64;     // bytes
 constexpr int64_t kGrain = 1 << 15;    // weights a task has at least
 constexpr float kMostSteps = 16383.f;  // of an x rounded for int8: 15 bits with the sign
-constexpr int64_t kRun = 1024;         // 1024 * 127 * 16383 < 2^31
+constexpr int64_t kRun = 128;          // inputs with one scale; 128 * 128 * 16383 < 2^31
 
 // How weights are read, by measurement on a CPU that is bound by memory. Widened ones leave less
 // time for misses: one stream suits the CPU's own prefetcher best.
@@ -51,7 +53,8 @@ CBF_INLINE void prefetch(const W* weight) {
 
 // y[m][r] = sum over k of x[m][k] weight[r][k], for kRows rows of x and kOut of weight.
 template <int kRows, int kOut>
-CBF_INLINE void dot(const float* x, const float* weight, int64_t inputs, float (&y)[kRows][kOut]) {
+CBF_INLINE void dot(const float* x, const float*, const float* weight, int64_t inputs,
+                    float (&y)[kRows][kOut]) {
   Floats sums[kRows][kOut] = {};
   const int64_t whole = inputs / kLanes * kLanes;
   for (int64_t k = 0; k < whole; k += kLanes) {
@@ -80,7 +83,7 @@ CBF_INLINE void dot(const float* x, const float* weight, int64_t inputs, float (
 constexpr int64_t kPairs = 2 * kLanes;
 
 template <int kRows, int kOut>
-CBF_INLINE void dot(const float* x, const at::BFloat16* weight, int64_t inputs,
+CBF_INLINE void dot(const float* x, const float*, const at::BFloat16* weight, int64_t inputs,
                     float (&y)[kRows][kOut]) {
   static_assert(kOut == 1);
   Floats even_sums[kRows] = {}, odd_sums[kRows] = {};
@@ -102,22 +105,32 @@ CBF_INLINE void dot(const float* x, const at::BFloat16* weight, int64_t inputs,
   }
 }
 
-// The same for int8 weights and an x of whole steps, one output at a time.
+CBF_INLINE int64_t runs_of(int64_t inputs) { return (inputs + kRun - 1) / kRun; }
+
+template <int kRows>
+CBF_INLINE void add_run(const int16_t* x, const float* step, const int8_t* weight, int64_t inputs,
+                        int64_t length, float (&y)[kRows][1]) {
+  for (int64_t k = 0; k < length; k += kCacheLine) prefetch(weight + k);
+  int32_t sums[kRows] = {};
+  for (int64_t k = 0; k < length; ++k) {
+    const int16_t w = weight[k];
+    for (int m = 0; m < kRows; ++m) sums[m] += int32_t{w} * int32_t{x[m * inputs + k]};
+  }
+  for (int m = 0; m < kRows; ++m) {
+    y[m][0] += step[m * runs_of(inputs)] * static_cast<float>(sums[m]);
+  }
+}
+
+// The same for int8 weights and an x of whole steps, one output at a time. step: the size of a step
+// in each run of each row of x.
 template <int kRows, int kOut>
-CBF_INLINE void dot(const int16_t* x, const int8_t* weight, int64_t inputs,
+CBF_INLINE void dot(const int16_t* x, const float* step, const int8_t* weight, int64_t inputs,
                     float (&y)[kRows][kOut]) {
   static_assert(kOut == 1);
   for (int m = 0; m < kRows; ++m) y[m][0] = 0.0f;
-  for (int64_t start = 0; start < inputs; start += kRun) {
-    const int64_t end = std::min(inputs, start + kRun);
-    for (int64_t k = start; k < end; k += kCacheLine) prefetch(weight + k);
-    int32_t sums[kRows] = {};
-    for (int64_t k = start; k < end; ++k) {
-      const int16_t w = weight[k];
-      for (int m = 0; m < kRows; ++m) sums[m] += int32_t{w} * int32_t{x[m * inputs + k]};
-    }
-    for (int m = 0; m < kRows; ++m) y[m][0] += static_cast<float>(sums[m]);
-  }
+  int64_t k = 0;
+  for (; k + kRun <= inputs; k += kRun, ++step) add_run(x + k, step, weight + k, inputs, kRun, y);
+  if (k < inputs) add_run(x + k, step, weight + k, inputs, inputs - k, y);
 }
 
 // What a task reads and writes.
@@ -125,7 +138,7 @@ template <typename X, typename W>
 struct Job {
   const X* x;               // (M, K)
   const W* weight;          // (N, K)
-  const float* row_scale;   // (M,), or null: 1
+  const float* step;        // (M, runs_of(K)) where x is in steps, else null
   const float* scale;       // (N,), or null: 1
   float* y;                 // (M, N)
   int64_t inputs, outputs;  // K, N
@@ -134,11 +147,11 @@ struct Job {
 template <int kRows, int kOut, typename X, typename W>
 CBF_INLINE void few_outputs(const Job<X, W>& job, int64_t row, int64_t output) {
   float y[kRows][kOut];
-  dot<kRows, kOut>(job.x + row * job.inputs, job.weight + output * job.inputs, job.inputs, y);
+  const float* step = job.step == nullptr ? nullptr : job.step + row * runs_of(job.inputs);
+  dot<kRows, kOut>(job.x + row * job.inputs, step, job.weight + output * job.inputs, job.inputs, y);
   for (int m = 0; m < kRows; ++m) {
     for (int r = 0; r < kOut; ++r) {
-      float scale = job.scale == nullptr ? 1.0f : job.scale[output + r];
-      if (job.row_scale != nullptr) scale *= job.row_scale[row + m];
+      const float scale = job.scale == nullptr ? 1.0f : job.scale[output + r];
       job.y[(row + m) * job.outputs + output + r] = scale * y[m][r];
     }
   }
@@ -181,26 +194,36 @@ void compute_in_parallel(const Job<X, W>& job, int64_t rows) {
                    [&](int64_t begin, int64_t end) { compute(job, rows, begin, end); });
 }
 
-// x in whole steps; the size of a step, a row: NaN or infinite where the row has such a value.
+// A run of x in whole steps. Returns the size of a step: NaN or infinite where the run has such a
+// value.
+CBF_INLINE float round_to_steps(const float* x, int64_t length, int16_t* steps) {
+  // The bits of sizes are ordered as the sizes are, infinity above all and NaN above infinity.
+  uint32_t largest_bits = 0;
+  for (int64_t k = 0; k < length; ++k) {
+    largest_bits = std::max(largest_bits, load<uint32_t>(x + k) & 0x7fffffffu);
+  }
+  const auto largest = load<float>(&largest_bits);
+  if (!std::isfinite(largest)) {
+    std::fill_n(steps, length, int16_t{1});
+    return largest;
+  }
+  // Not so small that there are infinitely many.
+  const float step = std::max(largest / kMostSteps, std::numeric_limits<float>::min());
+  const float steps_per_unit = 1.0f / step;
+  for (int64_t k = 0; k < length; ++k) {
+    // Half to even by adding and taking away 1.5 * 2^23.
+    const float rounded = (x[k] * steps_per_unit + 12582912.0f) - 12582912.0f;
+    steps[k] = static_cast<int16_t>(rounded);
+  }
+  return step;
+}
+
+// All of x in whole steps, run by run.
 CBF_FOR_EVERY_CPU void round_to_steps(const float* x, int64_t rows, int64_t inputs, int16_t* steps,
                                       float* step) {
   for (int64_t m = 0; m < rows; ++m, x += inputs, steps += inputs) {
-    // The bits of sizes are ordered as the sizes are, infinity above all and NaN above infinity.
-    uint32_t largest_bits = 0;
-    for (int64_t k = 0; k < inputs; ++k) {
-      largest_bits = std::max(largest_bits, load<uint32_t>(x + k) & 0x7fffffffu);
-    }
-    const auto largest = load<float>(&largest_bits);
-    step[m] = largest / kMostSteps;
-    if (!std::isfinite(largest)) {
-      std::fill_n(steps, inputs, int16_t{1});
-      continue;
-    }
-    const float steps_per_unit = largest > 0.0f ? 1.0f / step[m] : 0.0f;
-    for (int64_t k = 0; k < inputs; ++k) {
-      // Half to even by adding and taking away 1.5 * 2^23.
-      const float rounded = (x[k] * steps_per_unit + 12582912.0f) - 12582912.0f;
-      steps[k] = static_cast<int16_t>(rounded);
+    for (int64_t k = 0; k < inputs; k += kRun) {
+      *step++ = round_to_steps(x + k, std::min(kRun, inputs - k), steps + k);
     }
   }
 }
@@ -275,7 +298,7 @@ struct Products {
 
   void by_int8(const at::Tensor& weight, const at::Tensor& scale) const {
     std::vector<int16_t> steps(rows * inputs);
-    std::vector<float> step(rows);
+    std::vector<float> step(rows * runs_of(inputs));
     round_to_steps(x, rows, inputs, steps.data(), step.data());
     const Job<int16_t, int8_t> job = {steps.data(),
                                       weight.const_data_ptr<int8_t>(),

@@ -21,8 +21,8 @@
 // Expected bound: the weights' bytes, each of which is read once. x comes from L1, which serves
 // M sizeof(X) / (2 sizeof(W)) times as many bytes: 2 times with two float rows and bfloat16
 // weights, 8 times with eight, which is near what L1 delivers while memory is at its full speed. At
-// 1024 inputs the weights of a warp are all in flight at once, so that 1024 x 1024 costs memory's
-// latency more than its bandwidth.
+// 1024 inputs (512 of float32) the weights of a warp are all in flight at once, so that 1024 x 1024
+// costs memory's latency more than its bandwidth.
 #pragma once
 
 #include "common.cuh"
@@ -171,7 +171,7 @@ RT_DEVICE float product_of_lane(const SkinnyLinearArgs<X, W>& args, const Skinny
     const float sum = sum_of_warp(sums.products[i / kSkinnyOutputs][i % kSkinnyOutputs]);
     if (lane == i) own = sum;
   }
-  if (args.norm == nullptr) return own;
+  if (args.norm == nullptr || args.inputs == 0) return own;  // a mean of nothing is none
   float squares = 0.0f;
 #pragma unroll
   for (int m = 0; m < kRows; ++m) {

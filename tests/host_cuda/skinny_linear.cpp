@@ -1,7 +1,7 @@
 // Launches skinny_linear's kernel as the CUDA op does. arrays: {rows, inputs, outputs, dtype of x,
-// of weight, offset, is there a norm, a residual, is it gated}, x, weight, scale, y, norm,
-// residual, eps. dtype: 0 float, 1 half, 2 bfloat16, 3 int8. x and weight start `offset` elements
-// into their arrays.
+// of weight, offset, is there a norm, a residual, is it gated, offset of norm}, x, weight, scale,
+// y, norm, residual, eps. dtype: 0 float, 1 half, 2 bfloat16, 3 int8. x and weight start `offset`
+// elements into their arrays, norm starts its own.
 #include "kernels/skinny_linear.cuh"
 
 using chatterbox_fast::SkinnyLinearArgs;
@@ -13,7 +13,7 @@ int launch(void** arrays, const int64_t* sizes) {
   args.weight = static_cast<const W*>(arrays[2]) + sizes[5];
   args.scale = sizes[4] == 3 ? static_cast<const float*>(arrays[3]) : nullptr;
   args.y = static_cast<X*>(arrays[4]);
-  args.norm = sizes[6] != 0 ? static_cast<const float*>(arrays[5]) : nullptr;
+  args.norm = sizes[6] != 0 ? static_cast<const float*>(arrays[5]) + sizes[9] : nullptr;
   args.residual = sizes[7] != 0 ? static_cast<const X*>(arrays[6]) : nullptr;
   args.eps = *static_cast<const float*>(arrays[7]);
   args.gated = sizes[8] != 0;
