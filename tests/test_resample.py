@@ -10,13 +10,16 @@ import sys
 from typing import Any, NamedTuple
 
 import librosa
+import numpy as np
 import pytest
 import torch
 import torchaudio
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as some
 from toolkit import ulp
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from chatterbox_fast import dispatch, ops, reference
 from chatterbox_fast.audio import Resample, resample
@@ -272,23 +275,24 @@ def test_half_precision_is_rounded_once(rates: tuple[int, int], dtype: torch.dty
 
 
 @given(
-    rates=some.sampled_from(ODD),
-    samples=some.one_of(some.integers(0, 400), some.integers(10**6, 10**8)),
-)
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+    rates=some.one_of(
+        some.sampled_from(ODD), some.tuples(some.integers(1, 999), some.integers(1, 999))
+    ),
+    samples=some.one_of(
+        some.integers(1, 400), some.integers(10**4, 10**6), some.integers(10**6, 10**8),
+        some.integers(2, 26).map(lambda power: 2**power + 1),
+    ),
+)  # fmt: skip
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
 def test_lengths_are_torchaudios(rates: tuple[int, int], samples: int) -> None:
-    """Also where it rounds them to float32. Stock's rule is run on a filter of one zero."""
-    design = banks.Filter.of(*rates, 6, 0.99, "sinc_interp_hann", None)
-    assert design is not None
-    waveform = torch.zeros(()).expand(1, samples)  # takes no memory
-    length = banks.lengths(design, samples)[0]
+    """Also where it rounds them to float32: it is called on a device that computes shapes alone."""
+    assume(samples * rates[1] < 2**32 * rates[0])
+    waveform = torch.empty(1, samples, device="meta")
+    expected = torchaudio.functional.resample(waveform, *rates, 1).shape[-1]
+    design = banks.Filter.of(*rates, 1, 0.99, "sinc_interp_hann", None)
+    assert (samples if design is None else banks.lengths(design, samples)[0]) == expected
     if samples <= 400:
-        stock = torchaudio.functional.resample
-        expected = stock(waveform, *rates).shape[-1] if samples else 0
-        assert length == expected
-        assert resample(waveform, *rates).shape == (1, expected)
-    ceiling = torch.ceil(torch.as_tensor(design.new * samples / design.orig)).long()
-    assert length == min(int(ceiling), design.new * (samples // design.orig + 1))
+        assert resample(torch.zeros(1, samples), *rates, 1).shape == (1, expected)
 
 
 @given(
@@ -343,14 +347,21 @@ def test_soxr_hq_of_short_waveforms_is_librosas(rates: tuple[int, int]) -> None:
         assert torch.equal(y == 0, torch.from_numpy(expected) == 0)
 
 
-@given(rates=some.sampled_from(STOCK), samples=some.integers(0, 10**9))
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@pytest.mark.parametrize(
+    ("rates", "samples"),
+    [((24000, 16000), 10**6 + 1), ((44100, 24000), 999_999), ((22050, 24000), 1_234_567),
+     ((48000, 24000), 2**24 + 3), ((16000, 24000), 10**6 + 3)],
+)  # fmt: skip
 def test_soxr_hq_has_librosas_length(rates: tuple[int, int], samples: int) -> None:
+    """And knows how much of it is soxr's."""
+    import soxr
+
     design = banks.Filter.of(*rates, 6, 0.99, "soxr_hq", None)
     assert design is not None
-    orig, new = rates
-    assert banks.lengths(design, samples)[1] == math.ceil(samples * (float(new) / orig))
-    assert 0 <= banks.lengths(design, samples)[1] - banks.lengths(design, samples)[0] <= 1
+    silence = np.zeros(samples, np.float32)
+    computed = len(soxr.resample(silence, *rates, quality="HQ"))
+    length = len(librosa.resample(silence, orig_sr=rates[0], target_sr=rates[1]))
+    assert banks.lengths(design, samples) == (computed, length)
 
 
 def test_without_soxr(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,6 +429,8 @@ def test_gradients_are_torchaudios() -> None:
         ((-1, -1), ValueError, "orig_freq must be positive, got -1"),
         ((16000, 5512.5), ValueError, r"new_freq must be whole, got 5512\.5"),
         ((math.nan, 16000), ValueError, "orig_freq must be finite, got nan"),
+        ((10**400, 3), ValueError, "orig_freq must be finite, got 1000"),
+        ((3, 2, 6, 0.99, "sinc_interp_hann", math.nan), ValueError, "beta must be finite"),
         ((16000, math.inf), ValueError, "new_freq must be finite, got inf"),
         (("16000", 8000), TypeError, "orig_freq must be a number, got '16000'"),
         ((16000, None), TypeError, "new_freq must be a number, got None"),
@@ -499,8 +512,11 @@ def test_filters_are_cached_and_caches_are_bounded() -> None:
 def test_a_module_is_copied_pickled_and_moved() -> None:
     module = Resample(24000, 16000, "soxr_hq")
     waveform = noise(100)
-    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.half()):
-        assert torch.equal(copied(waveform), module(waveform))
+    expected = module(waveform)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert copied is not module
+        assert torch.equal(copied(waveform), expected)
+    assert torch.equal(copy.deepcopy(module).half()(waveform), expected), "no filter was rounded"
     assert module.state_dict() == {}
     assert repr(module) == "Resample(24000 -> 16000, soxr_hq)"
 
@@ -511,6 +527,71 @@ def test_compiles_as_one_graph(method: str) -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for samples in (300, 300, 301, 400):
         assert torch.equal(compiled(noise(2, samples)), module(noise(2, samples)))
+
+
+@pytest.mark.parametrize("method", ["sinc_interp_hann", "soxr_hq"])
+@pytest.mark.parametrize("rates", [(24000, 16000), (44100, 24000)], ids=str)
+def test_one_graph_serves_all_lengths(rates: tuple[int, int], method: str) -> None:
+    """After the first, which torch.compile makes for its length alone."""
+    module = Resample(*rates, method)
+    graphs = CompileCounter()
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=graphs)
+    for octave in range(20):
+        waveform = noise(1, int(100 * 10 ** (octave / 5)) + octave)
+        assert torch.equal(compiled(waveform), module(waveform))
+    assert graphs.frame_count == 2
+
+
+@pytest.fixture
+def no_banks() -> None:
+    """Filters are made anew."""
+    banks._designed.cache_clear()
+    banks._bank_on.cache_clear()
+
+
+@pytest.mark.usefixtures("no_banks")
+@pytest.mark.parametrize("method", ["sinc_interp_hann", "soxr_hq"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_filters_made_in_a_fake_mode_are_real(method: str, strict: bool) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=not strict):
+        waveform = torch.empty(2, 300)
+        for _ in range(2):
+            fake = resample(waveform, 44100, 24000, resampling_method=method)
+            assert isinstance(fake, FakeTensor)
+            assert fake.shape == (2, 164)
+    y = resample(noise(2, 300), 44100, 24000, resampling_method=method)
+    assert type(y) is Tensor
+    banks._designed.cache_clear()
+    banks._bank_on.cache_clear()
+    assert torch.equal(y, resample(noise(2, 300), 44100, 24000, resampling_method=method))
+
+
+@pytest.mark.usefixtures("no_banks")
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("method", ["sinc_interp_hann", "soxr_hq"])
+def test_filters_made_in_an_export_are_real(method: str, strict: bool) -> None:
+    class Later(torch.nn.Module):
+        def forward(self, waveform: Tensor) -> Tensor:
+            return resample(waveform, 44100, 24000, resampling_method=method)
+
+    waveform = noise(2, 300)
+    exported = torch.export.export(Later(), (waveform,), strict=strict).module()
+    y = resample(waveform, 44100, 24000, resampling_method=method)
+    assert type(y) is Tensor
+    assert torch.equal(exported(waveform), y)
+
+
+@pytest.mark.usefixtures("no_banks")
+def test_filters_made_in_a_transform_are_plain() -> None:
+    waveform = noise(2, 30).double()
+    torch.func.grad(lambda x: resample(x, 3, 2).sum())(waveform)
+    torch.func.vmap(lambda x: resample(x, 5, 7, backend="reference"))(waveform)
+    with torch.device("meta"):
+        resample(waveform, 2, 9)
+    for rates in ((3, 2), (5, 7), (2, 9)):
+        expected = torchaudio.functional.resample(waveform, *rates)
+        torch.testing.assert_close(resample(waveform, *rates), expected)
 
 
 # ---- on a GPU

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 MAX_COEFFICIENTS = 2**20
 """The most that all filters of a ratio may have together: 4 MiB in float32."""
@@ -21,6 +24,9 @@ _PARAMETERS = (6, 0.99, None)
 """lowpass_filter_width, rolloff and beta that mean nothing was chosen."""
 _AT_ONCE = 8
 """Taps are filled up with zeros to a multiple of what a CPU multiplies at once."""
+
+
+_T = TypeVar("_T")
 
 
 class BankTooLarge(ValueError):
@@ -47,7 +53,8 @@ class Filter(NamedTuple):
     Attributes:
         orig, new: the rates by their greatest common divisor.
         method: one of `METHODS`.
-        width, rolloff, beta: see `resample`; not used by soxr_hq.
+        width, rolloff: see `resample`; not used by soxr_hq.
+        beta: of Kaiser's window; 0 for other methods, so that one design has one key.
     """
 
     orig: int
@@ -79,7 +86,8 @@ class Filter(NamedTuple):
         if orig == new:
             return None
         common = math.gcd(orig, new)
-        return cls(orig // common, new // common, method, whole, cutoff, shape)
+        used = shape if method == KAISER else 0.0
+        return cls(orig // common, new // common, method, whole, cutoff, used)
 
     def check_size(self, taps: int) -> None:
         """Raises `BankTooLarge` where filters of `taps` are too many coefficients."""
@@ -94,9 +102,13 @@ class Filter(NamedTuple):
 def _number(name: str, value: Any) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"chatterbox_fast.resample: {name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond a double's range
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"chatterbox_fast.resample: {name} must be finite, got {value!r}")
-    return float(value)
+    return number
 
 
 def _positive(name: str, value: Any) -> float:
@@ -112,15 +124,28 @@ def _whole(name: str, value: Any) -> int:
     return int(number)
 
 
+def _outside_modes(make: Callable[[], _T]) -> _T:
+    """What `make` returns, out of reach of the caller's modes, which belong to its thread.
+
+    What is cached is for all callers: it must not be a fake tensor, one of inference mode, or one
+    of a transform.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
+
+
 @functools.lru_cache(4 * CACHED_RATIOS)
 def _bank_on(design: Filter, device: torch.device, dtype: torch.dtype) -> Bank:
     bank = _designed(design)
-    with torch.inference_mode(False):
-        filters = bank.filters.to(device, dtype)
+
+    def move() -> Bank:
+        filters = bank.filters.to(dtype)
         if device.type == "cuda":  # where neighbouring outputs read neighbouring phases
-            filters = filters.t().contiguous().t()
+            filters = filters.t().contiguous().to(device).t()
         first = None if bank.first is None else bank.first.to(device, dtype)
-        return Bank(filters, first, bank.left)
+        return Bank(filters.to(device), first, bank.left)
+
+    return _outside_modes(move)
 
 
 @torch.compiler.assume_constant_result
@@ -129,16 +154,30 @@ def bank_of(design: Filter, device: torch.device, dtype: torch.dtype) -> Bank:
     return _bank_on(design, device, dtype)
 
 
+def bank_for(design: Filter, waveform: Tensor) -> Bank:
+    """The filters of `design` as `waveform` needs them; fake ones where only fakes are taken."""
+    wide = torch.float64 if waveform.dtype == torch.float64 else torch.float32
+    bank: Bank = bank_of(design, waveform.device, wide)
+    if torch.compiler.is_compiling() or not isinstance(waveform, FakeTensor):
+        return bank
+    if (mode := waveform.fake_mode).allow_non_fake_inputs:
+        return bank
+    first = None if bank.first is None else mode.from_tensor(bank.first)
+    return bank._replace(filters=mode.from_tensor(bank.filters), first=first)
+
+
 @functools.lru_cache(CACHED_RATIOS)
 def _designed(design: Filter) -> Bank:
     """In float64 on the CPU; taps are filled up to a multiple of `_AT_ONCE`."""
     from . import soxr_hq
 
-    with torch.inference_mode(False):
+    def make() -> Bank:
         bank = soxr_hq.probe(design) if design.method == SOXR_HQ else _sinc(design)
         fill = -bank.filters.shape[1] % _AT_ONCE
         first = None if bank.first is None else torch.nn.functional.pad(bank.first, (0, fill))
         return Bank(torch.nn.functional.pad(bank.filters, (0, fill)), first, bank.left)
+
+    return _outside_modes(make)
 
 
 def _sinc(design: Filter) -> Bank:
@@ -176,20 +215,30 @@ def lengths(design: Filter, samples: int) -> tuple[int, int]:
     orig, new = design.orig, design.new
     if design.method == SOXR_HQ:
         length = math.ceil(samples * (new / orig))
-        return min(math.floor(samples / (orig / new) + 0.5), length), length
-    rounded = _to_float32(new * samples / orig) if samples > 0 else 0.0
-    length = min(math.ceil(rounded), new * (samples // orig + 1))
+        return _least(math.floor(samples / (orig / new) + 0.5), length), length
+    length = _least(_ceil_of_float32(new * samples, orig), new * (samples // orig + 1))
     return length, length
 
 
-def _to_float32(value: float) -> float:
-    """A positive number rounded to float32, in steps that torch.compile can follow."""
-    scale = 1.0  # to 24 bits before the point
-    while value * scale < 2**23:
-        scale *= 2
-    while value * scale >= 2**24:
-        scale /= 2
-    whole = math.floor(value * scale + 0.5)
-    if whole - value * scale == 0.5:
-        whole -= whole % 2
-    return whole / scale
+def _least(one: int, other: int) -> int:
+    """The smaller, without a branch on a symbol: torch.compile takes ``min`` for that itself."""
+    symbolic = isinstance(one, torch.SymInt) or isinstance(other, torch.SymInt)
+    return torch.sym_min(one, other) if symbolic else min(one, other)
+
+
+def _ceil_of_float32(numerator: int, divisor: int) -> int:
+    """``ceil(float32(numerator / divisor))``, for quotients below 2**32.
+
+    In whole numbers and without a branch on `numerator`, which torch.compile may hold as a symbol:
+    a branch would be a guard, and a loop over powers of two a new graph for each of them.
+    Where float32 has more than ``bits`` bits behind the point, rounding to it moves no quotient to
+    or over a whole number, so that ``bits`` of them are enough.
+    """
+    bits = divisor.bit_length()
+    doubled = range(24 - bits, 32)  # powers of two from where on float32 has a bit less each
+    coarser = sum(_least(1, numerator // (divisor << power)) for power in doubled)
+    unit = 2**coarser  # in 2**-bits: float32's last place
+    scaled, step = numerator << bits, divisor * unit
+    is_odd = scaled // step % 2
+    units = (2 * scaled + step - 1 + is_odd) // (2 * step)  # the nearest, the even one of two
+    return -(-units * unit // 2**bits)

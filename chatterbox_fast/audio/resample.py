@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..options import Backend
-from .bank import Bank, Filter, bank_of, lengths
+from .bank import Filter, bank_for, bank_of, lengths
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -52,11 +52,14 @@ def resample(
         RuntimeError: soxr_hq without the package soxr, or with one that has no such filter.
     """
     design = Filter.of(orig_freq, new_freq, lowpass_filter_width, rolloff, resampling_method, beta)
+    return _by(design, waveform, backend)
+
+
+def _by(design: Filter | None, waveform: Tensor, backend: Backend) -> Tensor:
     if design is None:
         return waveform
     _check(waveform)
-    wide = torch.float64 if waveform.dtype == torch.float64 else torch.float32
-    bank: Bank = bank_of(design, waveform.device, wide)
+    bank = bank_for(design, waveform)
     samples = waveform.shape[-1]
     computed, length = lengths(design, samples)
     rows = waveform.reshape(math.prod(waveform.shape[:-1]), samples).contiguous()
@@ -64,7 +67,7 @@ def resample(
         rows, bank.filters, bank.first, stride=design.orig, left=bank.left, length=computed,
         backend=backend,
     )  # fmt: skip
-    if computed != length:
+    if torch.compiler.is_compiling() or computed != length:  # compiled, a branch is a graph more
         y = nn.functional.pad(y, (0, length - computed))
     return y.reshape(*waveform.shape[:-1], length)
 
@@ -112,24 +115,15 @@ class Resample(nn.Module):
         self.rolloff = rolloff
         self.beta = beta
         self.backend = backend
-        design = Filter.of(
+        self._design = Filter.of(
             orig_freq, new_freq, lowpass_filter_width, rolloff, resampling_method, beta
         )
-        if design is not None:
-            bank_of(design, torch.device("cpu"), torch.float32)
+        if self._design is not None:
+            bank_of(self._design, torch.device("cpu"), torch.float32)
 
     def forward(self, waveform: Tensor) -> Tensor:
         """See `resample`."""
-        return resample(
-            waveform,
-            self.orig_freq,
-            self.new_freq,
-            self.lowpass_filter_width,
-            self.rolloff,
-            self.resampling_method,
-            self.beta,
-            backend=self.backend,
-        )
+        return _by(self._design, waveform, self.backend)
 
     def extra_repr(self) -> str:
         """The rates and the filter."""
