@@ -14,15 +14,15 @@ class Options:
     """Switches of `chatterbox_fast.patch`; all have a safe default.
 
     Attributes:
-        precision: what T3 computes in (S3Gen is exact in any). ``"exact"`` is the model's own
-            dtype and gives stock's tokens for the same seed. ``"bf16"``, ``"fp16"`` and ``"int8"``
-            store T3's matrices in that, and its KV cache in half precision: faster, less memory,
-            other tokens. ``"auto"`` is exact on a CPU, bf16 on a GPU that has it, else
-            fp16. Where a device gains nothing from one, exact runs, and report() says why.
+        precision: ``"exact"`` is the model's own dtype and gives stock's tokens for the same seed.
+            ``"bf16"``, ``"fp16"`` and ``"int8"`` store T3's matrices in that, and its KV cache in
+            half precision: faster, less memory, other tokens. S3Gen's matrices are in half
+            precision with all three on a GPU, never on a CPU. ``"auto"`` is exact on a CPU, bf16 on
+            a GPU that has it, else fp16. Where a device gains nothing from one, exact runs, and report() says why.
         backend: which implementation of each op to prefer; ``"auto"`` takes the fastest one that
             is there. `CHATTERBOX_FAST_BACKEND` overrides it.
-        compile: True runs T3's layers under torch.compile: the first request takes up to a minute
-            longer.
+        compile: True runs T3's layers, the flow's blocks and the vocoder under torch.compile: the
+            first request takes minutes longer.
         watermark: False leaves out Perth's watermark (stock always applies it).
         progress: True shows stock's progress bar; it costs a terminal write per token.
         strict: True raises where a site would otherwise be left to stock with a reason.
