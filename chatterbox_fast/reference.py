@@ -232,7 +232,7 @@ def skinny_linear(
 
     Returns:
         ``(M, N)`` in x's dtype. For an int8 weight the CPU kernel rounds x to 15 bits of the
-        largest of 128 neighbours.
+        largest of 256 neighbours.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     own = x.to(wide) if norm is None else rms_norm(x.to(wide), norm.to(wide), eps)

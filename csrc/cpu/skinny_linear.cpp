@@ -30,7 +30,7 @@ namespace {
 constexpr int64_t kCacheLine = 64;     // bytes
 constexpr int64_t kGrain = 1 << 15;    // weights a task has at least
 constexpr float kMostSteps = 16383.f;  // of an x rounded for int8: 15 bits with the sign
-constexpr int64_t kRun = 128;          // inputs with one scale; 128 * 128 * 16383 < 2^31
+constexpr int64_t kRun = 256;          // inputs with one scale; 256 * 128 * 16383 < 2^31
 
 // How weights are read, by measurement on a CPU that is bound by memory. Widened ones leave less
 // time for misses: one stream suits the CPU's own prefetcher best.
