@@ -126,6 +126,24 @@ def test_half_precision_is_computed_in_float_and_rounded_once(
         assert torch.equal(y, ops.snake(x.float(), alpha, inverse, backend=backend).to(dtype))
 
 
+def ties(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments whose results lie half an ulp above 1 and above the next number, exactly."""
+    eps = torch.finfo(dtype).eps
+    x = torch.tensor([[1.0, 1.0 + eps]])
+    return x.to(dtype), 2.0**-12 / x[0], torch.full((2,), eps / 2 * 2.0**24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ties_are_rounded_to_even(backend: Any, dtype: torch.dtype) -> None:
+    x, alpha, inverse = ties(dtype)
+    eps = torch.finfo(dtype).eps
+    exact = ops.snake(x.float(), alpha, inverse, backend=backend)
+    assert exact.tolist() == [[1 + eps / 2, 1 + 3 * eps / 2]]
+    y = ops.snake(x, alpha, inverse, backend=backend)
+    assert y.tolist() == [[1, 1 + 2 * eps]]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [1.0, 1e2, 1e4, 1e6, 1e8])
 def test_the_sine_of_large_arguments_is_accurate(backend: Any, scale: float) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from host_cuda import build
-from test_snake import FLOATING, SHAPES, check_stocks, inverse_of, noise, trained
+from test_snake import FLOATING, SHAPES, check_stocks, inverse_of, noise, ties, trained
 from toolkit import ARCHS, compile_kernels
 from torch import Tensor
 
@@ -52,7 +52,19 @@ def test_it_is_stocks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
-@pytest.mark.parametrize("ahead", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 3, 0), (0, 0, 0, 1)], ids=str)
+@pytest.mark.parametrize(
+    "ahead",
+    [
+        (1, 0, 0, 0),
+        (0, 1, 0, 0),
+        (0, 0, 3, 0),
+        (0, 0, 0, 1),
+        (4, 0, 0, 0),
+        (0, 2, 0, 0),
+        (0, 0, 0, 4),
+    ],
+    ids=str,
+)
 def test_any_pointer_may_be_misaligned(
     ahead: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
@@ -79,6 +91,7 @@ def test_half_precision_is_computed_in_float_and_rounded_once(dtype: torch.dtype
     x, alpha = noise((2, 50, 65), dtype), trained(65)
     y = by_kernel(x, alpha, inverse_of(alpha))
     assert torch.equal(y, by_kernel(x.float(), alpha, inverse_of(alpha)).to(dtype))
+    assert by_kernel(*ties(dtype)).tolist() == [[1, 1 + 2 * torch.finfo(dtype).eps]]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
