@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import dispatch, reference
 from .options import Backend
@@ -260,9 +261,9 @@ def decode_attention(
 
     Args:
         qkv, k_cache, v_cache, position, flags, cos, sin, watched, probabilities: see
-            `reference.decode_attention`. The kernels take at most 64 rows, heads of 64, float32
-            tables, and caches that are contiguous in their last two dimensions and aligned to 16
-            bytes in every row and head.
+            `reference.decode_attention`. The kernels take at most 64 rows, 1024 heads of 64, and
+            2**24 slots, float32 tables, and caches that share no memory, contiguous in their last
+            two dimensions and aligned to 16 bytes in every row and head.
         arrivals: int32 zeros, ``(B H,)`` or more, in which the blocks of the CUDA kernel meet; they
             are zeros again after. Calls that may run at the same time need their own. None: the
             kernel makes them, which is one launch more.
@@ -305,7 +306,8 @@ def resample(
 
     Args:
         waveform, filters, first, stride, left, length: see `reference.resample`. Contiguous, but
-            for `filters`. Where the waveform requires a gradient the reference runs, which has one.
+            for `filters`. Where the waveform requires a gradient, or carries a tangent, the
+            reference runs, which has them.
         backend: which implementation to prefer, see `dispatch.choose`.
 
     Returns:
@@ -314,11 +316,18 @@ def resample(
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or range than documented.
     """
-    if waveform.requires_grad and torch.is_grad_enabled():
+    if _is_differentiated(waveform):
         backend = "reference"
     return resample_by(_chosen("resample", waveform.device, backend, waveform.dtype))(
         waveform, filters, first, stride=stride, left=left, length=length
     )
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    """Whether x requires a gradient that is recorded, or carries a tangent of forward mode."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 @torch.compiler.assume_constant_result
@@ -343,7 +352,7 @@ def istft(spectrum: Tensor, window: Tensor, limit: float, *, backend: Backend = 
 
     Args:
         spectrum, window, limit: see `reference.istft`. Contiguous. Where the spectrum requires a
-            gradient the reference runs, which has one.
+            gradient, or carries a tangent, the reference runs, which has them.
         backend: which implementation to prefer, see `dispatch.choose`.
 
     Returns:
@@ -352,7 +361,7 @@ def istft(spectrum: Tensor, window: Tensor, limit: float, *, backend: Backend = 
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or range than documented.
     """
-    if spectrum.requires_grad and torch.is_grad_enabled():
+    if _is_differentiated(spectrum):
         backend = "reference"
     return istft_by(_chosen("istft", spectrum.device, backend, spectrum.dtype))(
         spectrum, window, limit
@@ -378,7 +387,7 @@ def padded_attention(
     Args:
         qkv, lengths, heads: see `reference.padded_attention`. The kernels take heads of 64, and a
             qkv that is contiguous and aligned to 16 bytes. Where it requires a gradient the
-            reference runs, which has one.
+            reference runs, which has one; so it does of a tangent, which torch may refuse.
         backend: which implementation to prefer, see `dispatch.choose`.
 
     Returns:
@@ -387,7 +396,7 @@ def padded_attention(
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or device than documented.
     """
-    if qkv.requires_grad and torch.is_grad_enabled():
+    if _is_differentiated(qkv):
         backend = "reference"
     return padded_attention_by(_chosen("padded_attention", qkv.device, backend, qkv.dtype))(
         qkv, lengths, heads
