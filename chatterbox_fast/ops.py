@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import dispatch, reference
 from . import fakes as fakes  # registers them
@@ -202,8 +203,13 @@ def skinny_linear_by(backend: str) -> Callable[..., Tensor]:
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
-    """Whether autograd follows one of them: the kernels have no gradient."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd follows one of them, backward or forward: the kernels have no gradient."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)
 
 
 def decode_attention(
@@ -224,10 +230,11 @@ def decode_attention(
 
     Args:
         qkv, k_cache, v_cache, position, flags, cos, sin, watched, probabilities: see
-            `reference.decode_attention`. The kernels take at most 64 rows, heads of 64, float32
-            tables, and caches that are contiguous in their last two dimensions and aligned to 16
-            bytes in every row and head. Where qkv requires a gradient the reference runs, which has
-            one; the caches that it writes to are then part of autograd's graph.
+            `reference.decode_attention`. The kernels take at most 64 rows, 1024 heads of 64, and
+            2**24 slots, float32 tables, and caches that share no memory, contiguous in their last
+            two dimensions and aligned to 16 bytes in every row and head. Where qkv requires a
+            gradient the reference runs, which has one; the caches that it writes to are then part
+            of autograd's graph.
         arrivals: int32 zeros, ``(B H,)`` or more, in which the blocks of the CUDA kernel meet; they
             are zeros again after. Calls that may run at the same time need their own. None: the
             kernel makes them, which is one launch more.
@@ -272,7 +279,8 @@ def resample(
 
     Args:
         waveform, filters, first, stride, left, length: see `reference.resample`. Contiguous, but
-            for `filters`. Where the waveform requires a gradient the reference runs, which has one.
+            for `filters`. Where the waveform requires a gradient, or carries a tangent, the
+            reference runs, which has them.
         backend: which implementation to prefer, see `dispatch.choose`.
 
     Returns:
@@ -310,7 +318,7 @@ def istft(spectrum: Tensor, window: Tensor, limit: float, *, backend: Backend = 
 
     Args:
         spectrum, window, limit: see `reference.istft`. Contiguous. Where the spectrum requires a
-            gradient the reference runs, which has one.
+            gradient, or carries a tangent, the reference runs, which has them.
         backend: which implementation to prefer, see `dispatch.choose`.
 
     Returns:
@@ -319,7 +327,7 @@ def istft(spectrum: Tensor, window: Tensor, limit: float, *, backend: Backend = 
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or range than documented.
     """
-    if spectrum.requires_grad and torch.is_grad_enabled():
+    if _differentiated(spectrum):
         backend = "reference"
     return istft_by(_chosen("istft", spectrum.device, backend, spectrum.dtype))(
         spectrum, window, limit
@@ -345,7 +353,7 @@ def padded_attention(
     Args:
         qkv, lengths, heads: see `reference.padded_attention`. The kernels take heads of 64, and a
             qkv that is contiguous and aligned to 16 bytes. Where it requires a gradient the
-            reference runs, which has one.
+            reference runs, which has one; so it does of a tangent, which torch may refuse.
         backend: which implementation to prefer, see `dispatch.choose`.
 
     Returns:
@@ -354,7 +362,7 @@ def padded_attention(
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or device than documented.
     """
-    if qkv.requires_grad and torch.is_grad_enabled():
+    if _differentiated(qkv):
         backend = "reference"
     return padded_attention_by(_chosen("padded_attention", qkv.device, backend, qkv.dtype))(
         qkv, lengths, heads
@@ -386,7 +394,7 @@ def snake(x: Tensor, alpha: Tensor, inverse: Tensor, *, backend: Backend = "auto
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or device than documented.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, inverse)):
+    if _differentiated(x, alpha, inverse):
         backend = "reference"
     return snake_by(_chosen("snake", x.device, backend, x.dtype))(x, alpha, inverse)
 

@@ -18,7 +18,8 @@ class Options:
             ``"bf16"``, ``"fp16"`` and ``"int8"`` store T3's matrices in that, and its KV cache in
             half precision: faster, less memory, other tokens. S3Gen's matrices are in half
             precision with all three on a GPU, never on a CPU. ``"auto"`` is exact on a CPU, bf16 on
-            a GPU that has it, else fp16. Where a device gains nothing from one, exact runs, and report() says why.
+            a GPU that has it, else fp16. Where a device gains nothing from one, exact runs, and
+            report() says why.
         backend: which implementation of each op to prefer; ``"auto"`` takes the fastest one that
             is there. `CHATTERBOX_FAST_BACKEND` overrides it.
         compile: True runs T3's layers, the flow's blocks and the vocoder under torch.compile: the

@@ -6,6 +6,10 @@ tensors.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,8 +24,24 @@ _RULED_OUT = float(2**15)
 _FEW_PHASES = 512
 """As one strided convolution, more phases would take more memory than their filters do."""
 
+_Op = TypeVar("_Op", bound=Callable[..., Tensor])
+
 _DFT_SIZE, _HOP, _LOUDEST = 16, 4, 1e2
 """Of HiFT's iSTFT: samples of a frame, samples between two frames, the most a magnitude can be."""
+
+
+def _not_autocast(op: _Op) -> _Op:
+    """`op` in the dtype it says, as kernels compute it: autocast would round its products."""
+
+    @functools.wraps(op)
+    def as_it_says(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        device = x.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return op(x, *args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return op(x, *args, **kwargs)
+
+    return as_it_says  # type: ignore[return-value]
 
 
 def cfg_sample(
@@ -209,6 +229,7 @@ def gated_silu(both: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+@_not_autocast
 def skinny_linear(
     x: Tensor,
     weight: Tensor,
@@ -252,6 +273,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+@_not_autocast
 def decode_attention(
     qkv: Tensor,
     k_cache: Tensor,
@@ -276,7 +298,8 @@ def decode_attention(
         flags: int32, of position's shape; the bit `FAILED` is added where a position is not in
             ``[0, C)``. Such a row appends nothing, and all it gets is 0.
         cos, sin: ``(C or more, D)``, the rotary table; None: no rotation.
-        watched: ``(W, 2)`` int32, rows and heads there are.
+        watched: ``(W, 2)`` int32, rows and heads there are. Of others the CPU op raises; the GPU's
+            kernels, which cannot without the host, leave their probabilities as they are.
         probabilities: ``(W, C)`` float32: set to the softmax of each watched row and head, which is
             0 behind the position.
         arrivals: not used; see `ops.decode_attention`.
@@ -315,6 +338,7 @@ def decode_attention(
     return out.reshape(rows, heads * dim).to(qkv.dtype)
 
 
+@_not_autocast
 def resample(
     waveform: Tensor,
     filters: Tensor,
@@ -337,7 +361,8 @@ def resample(
         length: of the result, >= 0.
 
     Returns:
-        ``(R, length)`` in the waveform's dtype, computed in float32 (float64).
+        ``(R, length)`` in the waveform's dtype, computed in float32 (float64, which on a GPU the
+        convolution is always in).
 
     Each output is the sum of the same products as torchaudio's strided convolution makes, without
     those that are 0 because a filter of another phase reaches further.
@@ -353,9 +378,11 @@ def resample(
         start = output[:phases, None] * stride // phases + torch.arange(taps, device=output.device)
         kernel = filters.new_zeros(phases, ahead)
         kernel[: len(start)].scatter_(1, start, filters[: len(start)])
-        y = F.conv1d(padded[:, None, : max(periods - 1, 0) * stride + ahead], kernel[:, None],
-                     stride=stride)  # fmt: skip
-        y = y.transpose(1, 2).reshape(rows, -1)[:, :length]
+        # On a GPU torch lets cuDNN round to TF32 unless told otherwise, but for float64.
+        exact = torch.float64 if waveform.is_cuda else wide
+        read = padded[:, None, : max(periods - 1, 0) * stride + ahead]
+        y = F.conv1d(read.to(exact), kernel[:, None].to(exact), stride=stride)
+        y = y.to(wide).transpose(1, 2).reshape(rows, -1)[:, :length]
     else:
         y = _dots(padded, output * stride // phases, filters[output % phases])
     if first is not None:
@@ -411,6 +438,7 @@ def _overlap_add(frames: Tensor) -> Tensor:
     return total[:, _DFT_SIZE // 2 : -_DFT_SIZE // 2]
 
 
+@_not_autocast
 def padded_attention(qkv: Tensor, lengths: Tensor, heads: int) -> Tensor:
     """Full attention of rows of which only a prefix is valid; the rest pads a bucket.
 

@@ -1,7 +1,8 @@
 // The checks that every backend of decode_attention makes before it touches memory.
 #include "decode_attention.h"
 
-#include <ATen/MemoryOverlap.h>
+#include <algorithm>
+#include <vector>
 
 #include "checks.h"
 
@@ -24,24 +25,65 @@ void check_table(const at::Tensor& tensor, const char* name, at::ScalarType type
             c10::str("strides ", tensor.strides()));
 }
 
+// Elements from a cache's first to behind its last, or 0 where rows or heads share some: a row's
+// heads, or a head's rows, must end before the next begin.
+int64_t extent(const at::Tensor& cache) {
+  const int64_t outer = cache.stride(0) < cache.stride(1) ? 1 : 0;
+  int64_t end = cache.size(2) * kHeadDim;
+  for (const int64_t dim : {1 - outer, outer}) {
+    if (cache.size(dim) > 1 && cache.stride(dim) < end) return 0;
+    end += cache.stride(dim) * (cache.size(dim) - 1);
+  }
+  return end;
+}
+
+// Whether two caches of one shape and type share memory; each has an extent.
+bool overlap(const at::Tensor& one, const at::Tensor& other) {
+  if (one.numel() == 0) return false;
+  const auto address = [](const at::Tensor& cache) {
+    return reinterpret_cast<std::uintptr_t>(cache.const_data_ptr());
+  };
+  const auto end = [&](const at::Tensor& cache) {
+    return address(cache) + extent(cache) * cache.element_size();
+  };
+  if (end(one) <= address(other) || end(other) <= address(one)) return false;
+  std::vector<std::uintptr_t> heads;  // of two caches that lie between each other
+  for (const at::Tensor& cache : {one, other}) {
+    for (int64_t row = 0; row < cache.size(0); ++row) {
+      for (int64_t head = 0; head < cache.size(1); ++head) {
+        const int64_t before = row * cache.stride(0) + head * cache.stride(1);
+        heads.push_back(address(cache) + before * cache.element_size());
+      }
+    }
+  }
+  std::sort(heads.begin(), heads.end());
+  const std::uintptr_t bytes = one.size(2) * kHeadDim * one.element_size();
+  return std::adjacent_find(heads.begin(), heads.end(),
+                            [&](auto a, auto b) { return b - a < bytes; }) != heads.end();
+}
+
 void check_cache(const at::Tensor& cache, const char* name, const at::Tensor& qkv) {
   CBF_CHECK(is_floating(cache.scalar_type()), "decode_attention", name,
             "float32, float16 or bfloat16", cache.scalar_type());
   CBF_CHECK(cache.device() == qkv.device(), "decode_attention", name,
             c10::str("on ", qkv.device(), " as qkv is"), cache.device());
   CBF_CHECK(cache.dim() == 4 && cache.size(0) == qkv.size(0) && cache.size(1) == qkv.size(2) &&
-                cache.size(2) >= 1 && cache.size(3) == kHeadDim,
+                cache.size(2) >= 1 && cache.size(2) <= kMostCapacity && cache.size(3) == kHeadDim,
             "decode_attention", name,
-            c10::str("(", qkv.size(0), ", ", qkv.size(2), ", C, 64) as qkv has, C at least 1"),
+            c10::str("(", qkv.size(0), ", ", qkv.size(2), ", C, 64) as qkv has, C in [1, ",
+                     kMostCapacity, "]"),
             cache.sizes());
   const int64_t step = kAlignment / cache.element_size();
   const bool aligned = reinterpret_cast<std::uintptr_t>(cache.const_data_ptr()) % kAlignment == 0;
-  CBF_CHECK(cache.stride(3) == 1 && cache.stride(2) == kHeadDim && cache.stride(0) % step == 0 &&
-                cache.stride(1) % step == 0 && aligned,
+  const auto steps_by = [&](int64_t dim, int64_t multiple) {
+    return cache.size(dim) == 1 || cache.stride(dim) % multiple == 0;
+  };
+  const bool dense = cache.size(2) == 1 || cache.stride(2) == kHeadDim;
+  CBF_CHECK(cache.stride(3) == 1 && dense && steps_by(0, step) && steps_by(1, step) && aligned,
             "decode_attention", name,
             "contiguous in its last two dimensions and aligned to 16 bytes in every row and head",
             c10::str("strides ", cache.strides()));
-  CBF_CHECK(at::has_internal_overlap(cache) != at::MemOverlap::Yes, "decode_attention", name,
+  CBF_CHECK(cache.numel() == 0 || extent(cache) > 0, "decode_attention", name,
             "of rows and heads of its own", c10::str("strides ", cache.strides()));
 }
 
@@ -77,8 +119,10 @@ void check_watched(const std::optional<at::Tensor>& watched,
             given(probabilities));
   if (!watched.has_value()) return;
   check_table(*watched, "watched", at::kInt, qkv);
-  CBF_CHECK(watched->dim() == 2 && watched->size(1) == 2, "decode_attention", "watched", "(W, 2)",
-            watched->sizes());
+  CBF_CHECK(watched->dim() == 2 && watched->size(1) == 2 &&
+                watched->size(0) <= kMostProbabilities / capacity,
+            "decode_attention", "watched",
+            c10::str("(W, 2), W at most ", kMostProbabilities / capacity), watched->sizes());
   check_table(*probabilities, "probabilities", at::kFloat, qkv);
   CBF_CHECK(probabilities->dim() == 2 && probabilities->size(0) == watched->size(0) &&
                 probabilities->size(1) == capacity,
@@ -97,8 +141,10 @@ DecodeAttentionSizes check_decode_attention(
   CBF_CHECK(is_floating(qkv.scalar_type()), "decode_attention", "qkv",
             "float32, float16 or bfloat16", qkv.scalar_type());
   CBF_CHECK(qkv.dim() == 4 && qkv.size(0) <= kMostAttentionRows && qkv.size(1) == 3 &&
-                qkv.size(3) == kHeadDim,
-            "decode_attention", "qkv", "(B, 3, H, 64), B at most 64", qkv.sizes());
+                qkv.size(2) <= kMostHeads && qkv.size(3) == kHeadDim,
+            "decode_attention", "qkv",
+            c10::str("(B, 3, H, 64), B at most ", kMostAttentionRows, ", H at most ", kMostHeads),
+            qkv.sizes());
   CBF_CHECK_CONTIGUOUS(qkv, "decode_attention");
   check_cache(k_cache, "k_cache", qkv);
   check_cache(v_cache, "v_cache", qkv);
@@ -107,6 +153,8 @@ DecodeAttentionSizes check_decode_attention(
   const int64_t capacity = k_cache.size(2);
   CBF_CHECK(v_cache.size(2) == capacity, "decode_attention", "v_cache",
             c10::str(k_cache.sizes(), " as k_cache is"), v_cache.sizes());
+  CBF_CHECK(!overlap(k_cache, v_cache), "decode_attention", "v_cache", "of memory of its own",
+            "some of k_cache's");
   check_positions(position, flags, qkv);
   check_rope(cos, sin, qkv, capacity);
   check_watched(watched, probabilities, qkv, capacity);

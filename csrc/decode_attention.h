@@ -10,6 +10,9 @@ namespace chatterbox_fast {
 
 constexpr int64_t kMostAttentionRows = 64;
 constexpr int64_t kHeadDim = 64;
+constexpr int64_t kMostHeads = 1024;
+constexpr int64_t kMostCapacity = int64_t{1} << 24;             // kernels count elements in 32 bits
+constexpr int64_t kMostProbabilities = (int64_t{1} << 31) - 1;  // W C
 constexpr int64_t kMostSplits = 64;
 constexpr int kAttentionFailed = 2;  // reference.FAILED
 

@@ -1,6 +1,8 @@
 // The checks that every backend of resample makes before it touches memory.
 #include "resample.h"
 
+#include <algorithm>
+
 #include "checks.h"
 
 namespace chatterbox_fast {
@@ -40,6 +42,9 @@ ResampleSizes check_resample(const at::Tensor& waveform, const at::Tensor& filte
   const int64_t most = kMostSamples / stride;
   CBF_CHECK(length >= 0 && length <= most, "resample", "length", c10::str("in [0, ", most, "]"),
             length);
+  const int64_t rows = kMostTiles / std::max<int64_t>(1, (length + kLeastTile - 1) / kLeastTile);
+  CBF_CHECK(waveform.size(0) <= rows, "resample", "waveform",
+            c10::str("of at most ", rows, " rows for ", length, " outputs"), waveform.sizes());
   return {waveform.size(0), waveform.size(1), filters.size(0), filters.size(1),
           first.has_value() ? first->size(0) : 0};
 }

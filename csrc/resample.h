@@ -10,6 +10,8 @@ namespace chatterbox_fast {
 
 constexpr int64_t kMostCoefficients = int64_t{1} << 20;  // of all filters: P K
 constexpr int64_t kMostSamples = int64_t{1} << 40;       // read or written a row
+constexpr int64_t kLeastTile = 128;                      // outputs that a block makes of a row
+constexpr int64_t kMostTiles = (int64_t{1} << 31) - 1;   // of all rows: blocks of a launch
 
 struct ResampleSizes {
   int64_t rows;     // R

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 import torch
 from host_cuda import build
-from test_decode_attention import DIM, FLOATING, Call, check, random_call
+from test_decode_attention import (
+    DIM,
+    FLOATING,
+    Call,
+    check,
+    check_seeds,
+    of_capacity,
+    random_call,
+    with_other_neighbours,
+)
 from toolkit import ARCHS, compile_kernels
 from torch import Tensor
 
@@ -92,8 +101,13 @@ def test_every_length(splits: int, cache_dtype: torch.dtype) -> None:
     positions = sorted({
         near + off for near in (0, 16, 32, 64, 128, 192, 256, 512) for off in (-2, -1, 0, 1)
     } & set(range(520)))  # fmt: skip
-    call = random_call(520, positions, heads=1, cache_dtype=cache_dtype, watched=[(9, 0)])
-    check(call, by_kernel(splits), units=4)
+
+    def make(seed: int) -> Call:
+        return random_call(
+            520, positions, heads=1, cache_dtype=cache_dtype, watched=[(9, 0)], seed=seed
+        )
+
+    check_seeds(make, by_kernel(splits), seeds=4)
 
 
 def test_64_rows() -> None:
@@ -188,13 +202,33 @@ def test_empty(rows: int, heads: int) -> None:
     assert by_kernel()(random_call(5, [3], rows=rows, heads=heads)).shape == (rows, heads * DIM)
 
 
+def count(rows: int, capacity: int, heads: int = 16) -> int:
+    """Splits that a GPU of 132 multiprocessors is given."""
+    sizes = np.array([-1, rows * heads, capacity, 132], np.int64)
+    assert build.run(DRIVER, [sizes]) == build.Outcome()
+    return int(sizes[0])
+
+
+@pytest.mark.parametrize("position", [63, 300])
+def test_capacity_does_not_matter(position: int) -> None:
+    """Though the number of splits follows from it."""
+    call = random_call(1024, [position], rows=2, heads=3)
+    expected = by_kernel(count(2, 1024, heads=3))(call.copy())
+    for capacity in (position + 1, 400, 1000):
+        own = of_capacity(call, capacity)
+        assert torch.equal(by_kernel(count(2, capacity, heads=3))(own), expected)
+
+
+def test_neighbours_do_not_matter() -> None:
+    call = random_call(200, [150], rows=2, heads=3)
+    expected = by_kernel(3)(call.copy()).view(2, 3, DIM)
+    for row, head in ((0, 0), (1, 2)):
+        out = by_kernel(3)(with_other_neighbours(call, row, head)).view(2, 3, DIM)
+        assert (out == expected).all(-1).nonzero().tolist() == [[row, head]]
+
+
 def test_split_counts() -> None:
     """Four blocks for each multiprocessor, where the capacity has shares enough."""
-
-    def count(rows: int, capacity: int, heads: int = 16) -> int:
-        sizes = np.array([-1, rows * heads, capacity, 132], np.int64)
-        assert build.run(DRIVER, [sizes]) == build.Outcome()
-        return int(sizes[0])
 
     assert [count(2, capacity) for capacity in (1, 64, 65, 256, 512, 1024, 8192)] == [
         1, 1, 2, 4, 8, 16, 17,
@@ -221,21 +255,28 @@ def test_address_and_undefined_behaviour_sanitizers(
 ) -> None:
     """Each array ends where its last element does."""
     for splits, positions in SMALL:
-        call = random_call(
-            max(positions) + 1, positions, dtype=dtype, cache_dtype=cache_dtype,
-            watched=[(0, 1), (2, 0)],
-        )  # fmt: skip
-        call = replace(call, cos=call.cos[:-3], sin=call.sin[:-3])  # type: ignore[index]
-        check(call, by_kernel(splits, variant="asan", order=order, seed=3), units=4)
+
+        def make(seed: int, positions: list[int] = positions) -> Call:
+            call = random_call(
+                max(positions) + 1, positions, dtype=dtype, cache_dtype=cache_dtype,
+                watched=[(0, 1), (2, 0)], seed=seed,
+            )  # fmt: skip
+            return replace(call, cos=call.cos[:-3], sin=call.sin[:-3])  # type: ignore[index]
+
+        check_seeds(make, by_kernel(splits, variant="asan", order=order, seed=3), seeds=4)
 
 
 @pytest.mark.parametrize("cache_dtype", FLOATING)
 def test_thread_sanitizer(cache_dtype: torch.dtype) -> None:
     """Three splits of a row, which hand over to the last one, and a row that fails."""
-    call = random_call(
-        140, [139, 70, 140], heads=1, cache_dtype=cache_dtype, watched=[(0, 0), (2, 0)]
-    )
-    check(call, by_kernel(3, variant="tsan", order="shuffled", seed=3), units=4)
+
+    def make(seed: int) -> Call:
+        return random_call(
+            140, [139, 70, 140], heads=1, cache_dtype=cache_dtype, watched=[(0, 0), (2, 0)],
+            seed=seed,
+        )  # fmt: skip
+
+    check_seeds(make, by_kernel(3, variant="tsan", order="shuffled", seed=3), seeds=4)
 
 
 # ---- nvcc

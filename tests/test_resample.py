@@ -6,7 +6,11 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import librosa
@@ -20,6 +24,7 @@ from toolkit import ulp
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 
 from chatterbox_fast import dispatch, ops, reference
 from chatterbox_fast.audio import Resample, resample
@@ -93,11 +98,14 @@ WHOLE = (
     dict(rows=1, samples=3000, phases=2, taps=40, stride=3, left=20, first=5),
     dict(rows=1, samples=900, phases=700, taps=12, stride=641, left=5, first=9),
     dict(rows=1, samples=5000, phases=1, taps=3, stride=1000, left=1),
+    dict(rows=2, samples=300_000, phases=1, taps=5, stride=1000, left=2, first=70),
+    dict(rows=1, samples=2**21 + 3, phases=1, taps=9, stride=2**20, left=4, length=4),
     dict(rows=1, samples=20, phases=4, taps=8, stride=1, left=0, length=200),
     dict(rows=0, samples=20, phases=4, taps=8, stride=1),
     dict(rows=2, samples=20, phases=4, taps=8, stride=1, length=0),
 )
-"""Few phases and many, ends beyond the waveform, first filters that fill blocks or do not."""
+"""Few phases and many, strides of many samples, ends beyond the waveform, first filters that fill
+blocks or do not."""
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -192,6 +200,10 @@ def test_nan_and_infinity_reach_as_far_as_a_filter(backend: Any, bad: float) -> 
         ({"left": 4}, r"left must be in \[0, 4\), before the last tap, got 4"),
         ({"length": -1}, r"length must be in \[0, \d+\], got -1"),
         ({"length": 2**40}, r"length must be in \[0, \d+\], got \d+"),
+        (
+            {"waveform": torch.zeros(2**25, 0), "length": 2**13 + 1},
+            r"waveform must be of at most 33038209 rows for 8193 outputs, got \[33554432, 0\]",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
@@ -199,6 +211,45 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
                  "stride": 3, "left": 1, "length": 4}  # fmt: skip
     with pytest.raises(RuntimeError, match=f"chatterbox_fast::resample: {message}"):
         torch.ops.chatterbox_fast.resample(**{**arguments, **change})
+
+
+@contextmanager
+def at_most_more(mebibytes: int) -> Iterator[None]:
+    """Allocations fail that need more than this beyond what the process has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    now = pages * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + mebibytes * 2**20, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_large_stride_takes_little_memory(threads: Any) -> None:
+    """No more than the samples that the outputs there are need."""
+    threads(1)
+    call = whole_call(1, 2**21 + 3, 1, 3, 2**20, left=1)
+    expected = call.oracle()
+    with at_most_more(32):
+        assert torch.equal(call.by(ops.resample, backend="cuda").double(), expected)
+    seconds = torch.ones(3 * 48000)
+    Resample(48000, 1)
+    with at_most_more(128):
+        y = resample(seconds, 48000, 1, backend="cuda")
+    assert decibels(y, resample(seconds.double(), 48000, 1)) >= 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rates", [(24000, 16000), (16001, 16000)], ids=str)
+def test_autocast_does_not_reach_the_reference(rates: Any, dtype: torch.dtype) -> None:
+    waveform = noise(2, 3000).to(dtype)
+    for method in ("sinc_interp_hann", "soxr_hq")[: 2 if rates[0] == 24000 else 1]:
+        options: dict[str, Any] = {"resampling_method": method, "backend": "reference"}
+        expected = resample(waveform, *rates, **options)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(resample(waveform, *rates, **options), expected)
 
 
 @pytest.mark.parametrize("first", [0, 3])
@@ -419,6 +470,21 @@ def test_gradients_are_torchaudios() -> None:
     with torch.inference_mode():  # a filter that is made here is used outside
         resample(noise(9), 5, 11)
     resample(noise(9).requires_grad_(), 5, 11).sum().backward()
+
+
+def test_tangents_are_torchaudios() -> None:
+    """The map is linear: its derivative is itself."""
+    waveform, tangent = noise(2, 300), noise(2, 300, seed=1)
+    expected = torchaudio.functional.resample(tangent.double(), 3, 2)
+    with forward_ad.dual_level():
+        plain = resample(waveform, 3, 2)
+        assert forward_ad.unpack_dual(plain).tangent is None
+        dual = resample(forward_ad.make_dual(waveform, tangent), 3, 2)
+        primal, own = forward_ad.unpack_dual(dual)
+    assert (primal - plain).abs().max() < 1e-6
+    assert (own - expected).abs().max() < 1e-6
+    _, own = torch.func.jvp(lambda x: resample(x, 3, 2), (waveform,), (tangent,))
+    assert (own - expected).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode_attention import BAD, DIM, FLOATING, Call, arguments, check, random_call
+from test_decode_attention import (
+    BAD,
+    DIM,
+    FLOATING,
+    Call,
+    arguments,
+    check,
+    check_seeds,
+    random_call,
+)
 from toolkit import interpreting_triton
 from torch import Tensor
 
@@ -70,8 +79,14 @@ def test_rows_at_positions_of_their_own(
 ) -> None:
     rope = cache_dtype != torch.bfloat16
     for capacity, positions in ((1, [0]), (300, [299, 0, 1, 33, 128, 127, 200])):
-        call = random_call(capacity, positions, dtype=dtype, cache_dtype=cache_dtype, rope=rope)
-        check(call if rope else representable(call), interpreted(3), units=2)
+
+        def make(seed: int, capacity: int = capacity, positions: list[int] = positions) -> Call:
+            call = random_call(
+                capacity, positions, dtype=dtype, cache_dtype=cache_dtype, rope=rope, seed=seed
+            )
+            return call if rope else representable(call)
+
+        check_seeds(make, interpreted(3), seeds=4)
 
 
 @pytest.mark.parametrize("outside", [20, -1, 2**40])
@@ -88,8 +103,11 @@ def test_a_position_outside_is_flagged(interpreted: Any, outside: int) -> None:
 def test_watched_rows_and_heads(interpreted: Any, splits: int) -> None:
     watched = [(2, 1), (0, 3), (0, 0), (2, 1), (1, 2)]
     for positions in ([0, 76, 299], [130]):
-        call = random_call(300, positions, rows=3, heads=4, watched=watched)
-        check(call, interpreted(splits), units=2)
+
+        def make(seed: int, positions: list[int] = positions) -> Call:
+            return random_call(300, positions, rows=3, heads=4, watched=watched, seed=seed)
+
+        check_seeds(make, interpreted(splits), seeds=4)
 
 
 def test_caches_that_are_views(interpreted: Any) -> None:

@@ -92,6 +92,10 @@ def test_nan_and_infinity_reach_as_far_as_a_filter(interpreted: Any, bad: float)
         ({"stride": 0}, r"stride must be in \[1, 1048576\], got 0"),
         ({"left": 4}, r"left must be in \[0, 4\), before the last tap, got 4"),
         ({"length": -1}, r"length must be in \[0, \d+\], got -1"),
+        (
+            {"waveform": torch.zeros(2**25, 0), "length": 2**13 + 1},
+            r"waveform must be of at most 33038209 rows for 8193 outputs, got \(33554432, 0\)",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:

@@ -19,6 +19,7 @@ Expected bound: the valid prefix's bytes, each of which is read once.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 import triton
@@ -29,7 +30,8 @@ from . import checks
 
 _must = functools.partial(checks.must, "decode_attention")
 
-_MAX_ROWS, _MAX_SPLITS = 64, 64
+_MAX_ROWS, _MAX_HEADS, _MAX_SPLITS = 64, 1024, 64
+_MAX_CAPACITY, _MAX_PROBABILITIES = 2**24, 2**31 - 1
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 _DIM, _SLOTS = 64, 64
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
@@ -228,8 +230,10 @@ def _check(
 ) -> None:
     """As csrc/decode_attention.cpp checks."""
     _must(qkv.dtype in _FLOATING, "qkv", "float32, float16 or bfloat16", qkv.dtype)
-    known = qkv.dim() == 4 and qkv.shape[0] <= _MAX_ROWS and (qkv.shape[1], qkv.shape[3]) == (3, 64)
-    _must(known, "qkv", "(B, 3, H, 64), B at most 64", tuple(qkv.shape))
+    known = qkv.dim() == 4 and (qkv.shape[1], qkv.shape[3]) == (3, _DIM)
+    known = known and qkv.shape[0] <= _MAX_ROWS and qkv.shape[2] <= _MAX_HEADS
+    must = f"(B, 3, H, 64), B at most {_MAX_ROWS}, H at most {_MAX_HEADS}"
+    _must(known, "qkv", must, tuple(qkv.shape))
     _must(qkv.is_contiguous(), "qkv", "contiguous", f"strides {qkv.stride()}")
     _check_cache("k_cache", k_cache, qkv)
     _check_cache("v_cache", v_cache, qkv)
@@ -237,6 +241,8 @@ def _check(
     _must(same, "v_cache", f"{k_cache.dtype} as k_cache is", v_cache.dtype)
     shape, capacity = tuple(k_cache.shape), k_cache.shape[2]
     _must(v_cache.shape == shape, "v_cache", f"{shape} as k_cache is", tuple(v_cache.shape))
+    own = not _overlap(k_cache, v_cache)
+    _must(own, "v_cache", "of memory of its own", "some of k_cache's")
     rows = qkv.shape[0]
     _check_table("position", position, torch.int64, qkv)
     fits = position.shape in ((1,), (rows,))
@@ -253,8 +259,9 @@ def _check(
     _check_pair("probabilities", probabilities, "watched", watched)
     if watched is not None and probabilities is not None:
         _check_table("watched", watched, torch.int32, qkv)
-        fits = watched.dim() == 2 and watched.shape[1] == 2
-        _must(fits, "watched", "(W, 2)", tuple(watched.shape))
+        most = _MAX_PROBABILITIES // capacity
+        fits = watched.dim() == 2 and watched.shape[1] == 2 and len(watched) <= most
+        _must(fits, "watched", f"(W, 2), W at most {most}", tuple(watched.shape))
         _check_table("probabilities", probabilities, torch.float32, qkv)
         shape = (len(watched), capacity)
         _must(probabilities.shape == shape, "probabilities", str(shape), tuple(probabilities.shape))
@@ -264,17 +271,43 @@ def _check_cache(name: str, cache: Tensor, qkv: Tensor) -> None:
     rows, _, heads, _ = qkv.shape
     _must(cache.dtype in _FLOATING, name, "float32, float16 or bfloat16", cache.dtype)
     _must(cache.device == qkv.device, name, f"on {qkv.device} as qkv is", cache.device)
-    fits = cache.dim() == 4 and cache.shape[2] >= 1
+    fits = cache.dim() == 4 and 1 <= cache.shape[2] <= _MAX_CAPACITY
     fits = fits and (*cache.shape[:2], cache.shape[3]) == (rows, heads, _DIM)
-    must = f"({rows}, {heads}, C, 64) as qkv has, C at least 1"
+    must = f"({rows}, {heads}, C, 64) as qkv has, C in [1, {_MAX_CAPACITY}]"
     _must(fits, name, must, tuple(cache.shape))
     step = 16 // cache.element_size()
-    fits = cache.stride()[2:] == (_DIM, 1) and all(s % step == 0 for s in cache.stride()[:2])
+    sizes, strides = cache.shape, cache.stride()
+    fits = strides[3] == 1 and (sizes[2] == 1 or strides[2] == _DIM)
+    fits = fits and all(sizes[i] == 1 or strides[i] % step == 0 for i in range(2))
     fits = fits and cache.data_ptr() % 16 == 0
     must = "contiguous in its last two dimensions and aligned to 16 bytes in every row and head"
     _must(fits, name, must, f"strides {cache.stride()}")
-    own = all(s > 0 or n <= 1 for s, n in zip(cache.stride(), cache.shape, strict=True))
+    own = cache.numel() == 0 or _extent(cache) > 0
     _must(own, name, "of rows and heads of its own", f"strides {cache.stride()}")
+
+
+def _extent(cache: Tensor) -> int:
+    """Elements from a cache's first to behind its last, or 0 where rows or heads share some."""
+    end = cache.shape[2] * _DIM
+    for stride, size in sorted(zip(cache.stride()[:2], cache.shape[:2], strict=True)):
+        if size > 1 and stride < end:
+            return 0
+        end += stride * (size - 1)
+    return end
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two caches of one shape and dtype share memory; each has an extent."""
+    size = one.element_size()
+    ends = [cache.data_ptr() + _extent(cache) * size for cache in (one, other)]
+    if one.numel() == 0 or ends[0] <= other.data_ptr() or ends[1] <= one.data_ptr():
+        return False
+    heads = sorted(  # of two caches that lie between each other
+        cache.data_ptr() + (row * cache.stride(0) + head * cache.stride(1)) * size
+        for cache in (one, other) for row in range(cache.shape[0]) for head in range(cache.shape[1])
+    )  # fmt: skip
+    block = one.shape[2] * _DIM * size
+    return any(after - before < block for before, after in itertools.pairwise(heads))
 
 
 def _check_table(name: str, tensor: Tensor, dtype: torch.dtype, qkv: Tensor) -> None:

@@ -28,6 +28,7 @@ _must = functools.partial(checks.must, "resample")
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 MOST_COEFFICIENTS = 2**20
 MOST_SAMPLES = 2**40
+MOST_TILES = 2**31 - 1
 OUTPUTS, TAPS = 128, 16
 LAUNCH = {"num_warps": 4}
 
@@ -125,3 +126,6 @@ def _check(
     _must(0 <= left < taps, "left", f"in [0, {taps}), before the last tap", left)
     most = MOST_SAMPLES // stride
     _must(0 <= length <= most, "length", f"in [0, {most}]", length)
+    most = MOST_TILES // max(1, -(-length // OUTPUTS))
+    must = f"of at most {most} rows for {length} outputs"
+    _must(len(waveform) <= most, "waveform", must, tuple(waveform.shape))

@@ -2,9 +2,9 @@
 //
 // A task makes a range of outputs of one row. It first copies the samples that they need into a
 // buffer of its own, as floats, zeros where there are none: the loops know no edges and one dtype.
-// Where there are few phases, four neighbouring outputs share a window of samples, which their
-// filters are widened to by zeros, and two such windows share the filters: six loads serve eight
-// vectors of products. A last step adds the lanes of all eight sums at once.
+// Where there are few phases and neighbours' filters overlap, four outputs share a window of
+// samples, which their filters are widened to by zeros, and two such windows share the filters: six
+// loads serve eight vectors of products. A last step adds the lanes of all eight sums at once.
 // The result does not depend on the number of threads. What is not finite meets the zeros too: it
 // reaches a few outputs more than its filters do, fewer than in torchaudio.
 #include "resample.h"
@@ -26,9 +26,10 @@ namespace chatterbox_fast {
 namespace {
 
 constexpr int64_t kFewPhases = 512;
-constexpr int kQuad = 4;                // outputs that share a window
-constexpr int64_t kTaskOutputs = 2048;  // about
-constexpr int64_t kGrain = 1 << 15;     // products a thread has at least
+constexpr int kQuad = 4;                   // outputs that share a window
+constexpr int64_t kTaskOutputs = 2048;     // at most, about
+constexpr int64_t kTaskSamples = 1 << 16;  // by which a task advances at most, about
+constexpr int64_t kGrain = 1 << 15;        // products a thread has at least
 
 struct Bank {
   const float* filters;  // (P, K)
@@ -36,6 +37,8 @@ struct Bank {
   int64_t phases, taps, first_count, stride, left;
 
   int64_t start(int64_t output) const { return output * stride / phases - left; }
+  // By how many samples the last of `count` outputs is ahead of the first, at least.
+  int64_t ahead(int64_t count) const { return (count - 1) * stride / phases; }
   const float* of(int64_t output) const {
     return output < first_count ? first + output * taps : filters + output % phases * taps;
   }
@@ -49,7 +52,7 @@ struct Quads {
   explicit Quads(const Bank& bank) {
     period = std::lcm(bank.phases, int64_t{kQuad});
     advance = period / bank.phases * bank.stride;
-    const int64_t widest = bank.taps + (kQuad - 1) * bank.stride / bank.phases + 1;
+    const int64_t widest = bank.taps + bank.ahead(kQuad) + 1;
     taps = (widest + kLanes - 1) / kLanes * kLanes;
     filters = at::zeros({period, taps}, at::kFloat);
     float* const rows = filters.mutable_data_ptr<float>();
@@ -146,22 +149,30 @@ void copy_samples(const T* row, int64_t samples, int64_t begin, int64_t count, f
   std::fill(to + (until - begin), to + count, 0.0f);
 }
 
-// compute(task) for ranges of `size` outputs or fewer of every row; a task may read the samples of
-// `size` outputs with filters of `taps`, whatever its own end is.
+// Outputs of a task: a multiple of `unit`, few where a stride of many samples lies between them.
+int64_t task_outputs(const Bank& bank, int64_t unit) {
+  const int64_t near = std::min(kTaskOutputs, kTaskSamples * bank.phases / bank.stride);
+  return unit * std::max<int64_t>(1, near / unit);
+}
+
+// compute(task) for ranges of `task_outputs` or fewer of every row; a task may read the samples of
+// a multiple of `unit` outputs with filters of `taps`, whatever its own end is.
 template <typename T, typename Compute>
-void for_every_task(const Bank& bank, const ResampleSizes& sizes, int64_t length, int64_t size,
+void for_every_task(const Bank& bank, const ResampleSizes& sizes, int64_t length, int64_t unit,
                     int64_t taps, const T* waveform, float* out, const Compute& compute) {
+  const int64_t size = task_outputs(bank, unit);
   const int64_t tasks = (length + size - 1) / size;
   const int64_t grain = std::max<int64_t>(1, kGrain / (size * taps));
   at::parallel_for(0, sizes.rows * tasks, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> samples;
     for (int64_t t = begin; t < end; ++t) {
       const int64_t row = t / tasks, output = t % tasks * size;
+      const int64_t until = std::min(length, output + size);
+      const int64_t read = (until - output + unit - 1) / unit * unit;
       const int64_t origin = bank.start(output);
-      samples.resize(bank.start(output + size - 1) - origin + taps);
+      samples.resize(bank.start(output + read - 1) - origin + taps);
       copy_samples(waveform + row * sizes.samples, sizes.samples, origin,
                    static_cast<int64_t>(samples.size()), samples.data());
-      const int64_t until = std::min(length, output + size);
       compute(Task{samples.data(), origin, output, until, out + row * length});
     }
   });
@@ -170,15 +181,14 @@ void for_every_task(const Bank& bank, const ResampleSizes& sizes, int64_t length
 template <typename T>
 void compute(const Bank& bank, const ResampleSizes& sizes, int64_t length, const T* waveform,
              float* out) {
-  if (bank.phases > kFewPhases) {
-    for_every_task(bank, sizes, length, kTaskOutputs, bank.taps, waveform, out,
+  if (bank.phases > kFewPhases || bank.ahead(kQuad) > bank.taps) {
+    for_every_task(bank, sizes, length, 1, bank.taps, waveform, out,
                    [&](const Task& task) { run_in_order(bank, task, task.end); });
     return;
   }
   const Quads quads(bank);
   const int64_t pair = 2 * quads.period;
-  const int64_t size = pair * std::max<int64_t>(1, kTaskOutputs / pair);
-  for_every_task(bank, sizes, length, size, quads.taps, waveform, out, [&](const Task& task) {
+  for_every_task(bank, sizes, length, pair, quads.taps, waveform, out, [&](const Task& task) {
     run_by_quads(bank, quads, task);
     run_in_order(bank, task, std::min(bank.first_count, task.end));
   });

@@ -2,16 +2,18 @@
 //
 //   q, k rotated; k, v appended at the row's position; softmax(q k' / 8) v over slots 0 .. position
 //
-// Shapes: qkv (B, 3, H, 64), X = float, half, bfloat16; k_cache, v_cache (B, H, C, 64), T = one of
-// these, aligned to 16 bytes in every row and head; position and flags (B,), or (1,) for all rows;
+// Shapes: qkv (B, 3, H, 64), X = float, half, bfloat16, B at most 64 and H at most 1024; k_cache,
+// v_cache (B, H, C, 64), T = one of these, C at most 2^24, apart and aligned to 16 bytes in every
+// row and head; position and flags (B,), or (1,) for all rows;
 // cos, sin (C, 64) float, null: no rotation; watched (W, 2) int32 rows and heads, and probabilities
 // (W, C) float; out (B, H, 64), X; partials (B H, splits, 66) float and arrivals (B H,) unsigned,
 // which is 0 before and after. splits in [1, 64].
 // Equivalent to: chatterbox_fast/reference.py, decode_attention.
-// Arithmetic: float. The rotation rounds as torch's separate kernels do; all sums are of fused
-// multiply-adds, in an order that follows from the position and splits alone. Slots behind the
-// position are not read. A position outside [0, C) appends nothing, sets kAttentionFailedBit, and
-// makes the row's output and probabilities 0.
+// Arithmetic: float. The rotation rounds as torch's separate kernels do. Products are fused into
+// their sums; sums over the lanes of a key, and of a lane's weights, are plain additions. Their
+// order follows from the position and splits alone. Slots behind the position are not read. A
+// position outside [0, C) appends nothing, sets kAttentionFailedBit, and makes the row's output and
+// probabilities 0. Probabilities of a row or head that there is not are left as they are.
 //
 // Launch: a block for each row, head and split: `splits` is fixed, and how many of them share the
 // valid prefix follows from the position, which is in device memory; the others end at once. The

@@ -5,8 +5,8 @@
 //
 // Shapes: waveform (R, T), x, of float, half or bfloat16; filters (P, K) float, of any strides;
 // first (F, K) float, contiguous, or F = 0; out (R, length), y, of x's type. All sizes but P, K
-// and stride may be 0; P K and stride at most 2^20. No alignment beyond that of the elements.
-// Equivalent to: chatterbox_fast/reference.py, resample.
+// and stride may be 0; P K and stride at most 2^20, blocks of a launch at most 2^31 - 1. No
+// alignment beyond that of the elements. Equivalent to: chatterbox_fast/reference.py, resample.
 // Arithmetic: float, fused multiply-adds in runs of kResampleRun taps, whose sums are added. The
 // bits depend neither on the run of the program, nor on the other rows. A NaN or an infinity
 // reaches the outputs whose taps it meets.
