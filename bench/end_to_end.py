@@ -20,10 +20,10 @@ from typing import Any
 
 import soundfile
 import torch
+from chatterbox_fast.assets import VOICE_PROMPT
 from torch import Tensor
 
 from chatterbox_fast import patched
-from chatterbox_fast.assets import VOICE_PROMPT
 from chatterbox_fast.demo import STAGES, Run, commit_id, describe_machine, speak
 from chatterbox_fast.testing import random_model
 

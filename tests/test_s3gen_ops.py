@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from s3gen_toolkit import Engine, utterance
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from toolkit import Dispatched
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from chatterbox_fast.s3gen.encoder import encode, pack_encoder
 from chatterbox_fast.s3gen.flow import condition, pack_flow, solve, time_table
