@@ -84,9 +84,11 @@ def test_growing_keeps_the_request_and_gives_the_small_buffer_back() -> None:
         small.position.fill_(256)
         lease.grow(255)
         assert lease.slot.state is small
+        poll = lease.slot.poll
         lease.grow(256)
         large = lease.slot.state
         assert large.capacity == 512
+        assert lease.slot.poll is poll, "copies of its flags are on their way there"
         for name in ("embedding", "position", "count", "tokens", "seen", "params", "flags"):
             assert torch.equal(getattr(large, name), getattr(small, name)), name
         assert torch.equal(large.k_cache[:, :, :, :256], small.k_cache)
