@@ -14,7 +14,7 @@ import torch
 from chatterbox.tts import ChatterboxTTS
 
 import chatterbox_fast
-from chatterbox_fast import demo, ops
+from chatterbox_fast import demo, ops, selftest
 from chatterbox_fast.cli import main
 
 
@@ -53,7 +53,8 @@ def test_demo_fails_where_tokens_differ(
         flags.fill_(int(token == 6562))
         return token
 
-    monkeypatch.setattr(ops, "cfg_sample", greedy)
+    assert selftest.why_failed("cfg_sample", "extension", torch.device("cpu")) is None
+    monkeypatch.setattr(ops, "cfg_sample_by", lambda backend: greedy)
     arguments = ["--size", "tiny", "--tokens", "9", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["demo", *arguments]) == 1
     assert "tokens equal: 10 of 10" not in capsys.readouterr().out

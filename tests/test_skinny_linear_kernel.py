@@ -176,7 +176,11 @@ def test_address_and_undefined_behaviour_sanitizers(
         assert torch.equal(y, call.oracle().to(dtype))
 
 
-@pytest.mark.parametrize("parts", PARTS, ids=str)
+FEW = [(True, False, False), (False, True, True), (True, True, True)]
+"""Each of norm, gate and residual with and without the others."""
+
+
+@pytest.mark.parametrize("parts", FEW, ids=str)
 @pytest.mark.parametrize(("dtype", "weight_dtype"), PAIRS, ids=str)
 def test_sanitizers_of_norm_gate_and_residual(
     dtype: torch.dtype, weight_dtype: torch.dtype, parts: tuple[bool, bool, bool]
@@ -188,7 +192,7 @@ def test_sanitizers_of_norm_gate_and_residual(
 
 
 @pytest.mark.parametrize("offsets", [(1, 0), (0, 1), (1, 1)], ids=str)
-@pytest.mark.parametrize("parts", [(False, False, False), *PARTS], ids=str)
+@pytest.mark.parametrize("parts", [(False, False, False), *FEW], ids=str)
 @pytest.mark.parametrize("weight_dtype", WEIGHTS)
 def test_undefined_behaviour_sanitizer_of_odd_addresses(
     weight_dtype: torch.dtype, parts: tuple[bool, bool, bool], offsets: tuple[int, int]
@@ -198,7 +202,10 @@ def test_undefined_behaviour_sanitizer_of_odd_addresses(
         pytest.skip("no norm to lie there")
     fused = random_fused((2, 1024, 3), parts, torch.float32, weight_dtype)
     y = by_kernel(fused, *offsets, variant="asan")
-    check_error([(fused, y)], Fused.by_float)
+    assert torch.equal(y, by_kernel(fused, *offsets))
+    # Six outputs are too few to compare one error with another: so do several seeds.
+    more = (random_fused((2, 1024, 3), parts, torch.float32, weight_dtype, s) for s in range(1, 9))
+    check_error([(fused, y), *((f, by_kernel(f, *offsets)) for f in more)], Fused.by_float)
 
 
 @pytest.mark.parametrize("parts", [(False, False, False), (True, True, True)], ids=str)

@@ -141,9 +141,9 @@ def test_weights_are_packed_when_the_model_is_patched(
     packed = []
     stock = weights.pack
 
-    def watched(t3: Any, precise: Any) -> Any:
+    def watched(t3: Any, precise: Any, attention: str) -> Any:
         packed.append(precise.precision)
-        return stock(t3, precise)
+        return stock(t3, precise, attention)
 
     monkeypatch.setattr(weights, "pack", watched)
     patch(english, precision="bf16")

@@ -217,20 +217,20 @@ def full_conv(weight: Tensor, bias: Tensor | None) -> SequenceConv:
 
 
 def sequence_conv(module: Any) -> SequenceConv:
-    """A Conv1d, its weight norm folded."""
+    """A Conv1d, its weight norm folded. Stock computes some strides by NumPy: ints for compilers."""
     return SequenceConv(
         _image_weight(module.weight),
         _detached(module.bias),
-        module.padding[0],
-        module.stride[0],
-        module.dilation[0],
+        *(int(size[0]) for size in (module.padding, module.stride, module.dilation)),
     )
 
 
 def sequence_conv_transpose(module: Any) -> SequenceConvTranspose:
     """A ConvTranspose1d, its weight norm folded."""
     return SequenceConvTranspose(
-        _image_weight(module.weight), _detached(module.bias), module.padding[0], module.stride[0]
+        _image_weight(module.weight),
+        _detached(module.bias),
+        *(int(size[0]) for size in (module.padding, module.stride)),
     )
 
 
