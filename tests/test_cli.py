@@ -54,7 +54,7 @@ def test_demo_fails_where_tokens_differ(
         return token
 
     assert selftest.why_failed("cfg_sample", "extension", torch.device("cpu")) is None
-    monkeypatch.setattr(ops, "cfg_sample_by", lambda backend: greedy)
+    monkeypatch.setattr(ops, "cfg_sample_by", lambda _: greedy)
     arguments = ["--size", "tiny", "--tokens", "9", "--device", "cpu", "--out", str(tmp_path)]
     assert main(["demo", *arguments]) == 1
     assert "tokens equal: 10 of 10" not in capsys.readouterr().out

@@ -217,7 +217,7 @@ def full_conv(weight: Tensor, bias: Tensor | None) -> SequenceConv:
 
 
 def sequence_conv(module: Any) -> SequenceConv:
-    """A Conv1d, its weight norm folded. Stock computes some strides by NumPy: ints for compilers."""
+    """A Conv1d, its weight norm folded. Some of stock's strides are NumPy's: no compiler's ints."""
     return SequenceConv(
         _image_weight(module.weight),
         _detached(module.bias),
