@@ -55,8 +55,7 @@ def mean_distance(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("dtype", "seed"), [*((HALVES[0], s) for s in range(3)), (HALVES[1], 0)])
 def test_the_mel_is_no_further_off_than_stocks_under_autocast(
     s3gen: Any, dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,7 +94,7 @@ def test_the_audio_is_no_further_off_than_stocks_under_autocast(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("scale", [0.0, 30.0, 1000.0])
+@pytest.mark.parametrize("scale", [0.0, 1000.0])
 def test_extreme_inputs_stay_finite(
     s3gen: Any, dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
