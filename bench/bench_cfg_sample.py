@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from timing import measure
+from timing import compare
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from chatterbox_fast import dispatch, ops
+from chatterbox_fast import ops
 from chatterbox_fast.rng import PhiloxStream
 from chatterbox_fast.sampling import SamplingParams
 
@@ -120,15 +120,7 @@ def reference(row: Row) -> Callable[[], Any]:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("make", [stock, stock_compiled, extension, triton, reference])
 def bench_cfg_sample(benchmark: Any, device: torch.device, case: str, make: Any) -> None:
-    row = Row(*CASES[case], device)
-    wanted = {"extension": "cuda", "triton": "triton"}.get(make.__name__)
-    if wanted and dispatch.choose("cfg_sample", device, wanted).backend != make.__name__:
-        pytest.skip(f"no {make.__name__} for {device.type} here")
-    call = make(row)
-    verify(row, call)
-    benchmark.group = f"cfg_sample, {case}, {device.type}"
-    benchmark.extra_info |= {"case": case, "implementation": make.__name__, "device": device.type}
-    measure(benchmark, device, call, row.bytes)
+    compare(benchmark, device, "cfg_sample", case, make, lambda on: Row(*CASES[case], on), verify)
 
 
 def verify(row: Row, call: Callable[[], Any]) -> None:

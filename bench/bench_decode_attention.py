@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from timing import measure
+from timing import compare
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from chatterbox_fast import dispatch, ops
+from chatterbox_fast import ops
 from chatterbox_fast.reference import decode_attention as in_torch
 
 HEADS, DIM = 16, 64
@@ -120,15 +120,9 @@ def reference(step: Step) -> Callable[[], Tensor]:
     "make", [stock, stock_compiled, sdpa_in_place, extension, triton, reference]
 )
 def bench_decode_attention(benchmark: Any, device: torch.device, case: str, make: Any) -> None:
-    wanted = {"extension": "cuda", "triton": "triton"}.get(make.__name__)
-    if wanted and dispatch.choose("decode_attention", device, wanted).backend != make.__name__:
-        pytest.skip(f"no {make.__name__} for {device.type} here")
-    step = Step(*CASES[case], device)
-    call = make(step)
-    verify(step, call)
-    benchmark.group = f"decode_attention, {case}, {device.type}"
-    benchmark.extra_info |= {"case": case, "implementation": make.__name__, "device": device.type}
-    measure(benchmark, device, call, step.bytes)
+    compare(
+        benchmark, device, "decode_attention", case, make, lambda on: Step(*CASES[case], on), verify
+    )
     if device.type == "cpu":
         benchmark.extra_info["timing"] = "wall clock, KV caches not in a cache"
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from timing import measure
+from timing import compare, extension, reference, triton, verify_close
 from torch import Tensor
 
-from chatterbox_fast import dispatch, ops
+from chatterbox_fast import ops
 
 RATE, HOP, SIZE, LIMIT = 24000, 4, 16, 0.99
 CASES = {"1 s": 1, "10 s": 10}
@@ -86,42 +86,16 @@ def convolution_compiled(job: Job) -> Callable[[], Tensor]:
     return lambda: compiled(job.channels_first)
 
 
-def extension(job: Job) -> Callable[[], Tensor]:
-    return lambda: job.by("cuda")
-
-
-def triton(job: Job) -> Callable[[], Tensor]:
-    return lambda: job.by("triton")
-
-
-def reference(job: Job) -> Callable[[], Tensor]:
-    return lambda: job.by("reference")
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     "make", [stock, convolution, convolution_compiled, extension, triton, reference]
 )
 def bench_istft(benchmark: Any, device: torch.device, case: str, make: Any) -> None:
-    job = Job(CASES[case], device)
-    wanted = {"extension": "cuda", "triton": "triton"}.get(make.__name__)
-    if wanted and dispatch.choose("istft", device, wanted).backend != make.__name__:
-        pytest.skip(f"no {make.__name__} for {device.type} here")
-    call = make(job)
     with torch.inference_mode():
-        verify(job, call)
-        benchmark.group = f"istft, {case}, {device.type}"
-        benchmark.extra_info |= {
-            "case": case,
-            "implementation": make.__name__,
-            "device": device.type,
-        }
-        measure(benchmark, device, call, job.bytes)
+        compare(benchmark, device, "istft", case, make, lambda on: Job(CASES[case], on), verify)
 
 
 def verify(job: Job, call: Callable[[], Tensor]) -> None:
     """What is timed is right: 100 dB. On a GPU, where the convolution may take TF32: 50."""
     loose = 1e-5 if job.spectrum.is_cuda else 1e-10
-    for _ in range(3):
-        error = (call() - job.expected).square().sum()
-        assert error < loose * job.expected.square().sum()
+    verify_close(call, job.expected, loose)

@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from chatterbox.models.s3gen.decoder import mask_to_bias
-from timing import measure
+from timing import compare
 from torch import Tensor
 
-from chatterbox_fast import dispatch, ops
+from chatterbox_fast import ops
 from chatterbox_fast.reference import padded_attention as in_torch
 
 ROWS, HEADS, DIM = 2, 8, 64
@@ -85,15 +85,15 @@ def reference(bucket: Bucket) -> Callable[[], Tensor]:
     "make", [stock, stock_compiled, sdpa_of_prefix, extension, triton, reference]
 )
 def bench_padded_attention(benchmark: Any, device: torch.device, case: str, make: Any) -> None:
-    wanted = {"extension": "cuda", "triton": "triton"}.get(make.__name__)
-    if wanted and dispatch.choose("padded_attention", device, wanted).backend != make.__name__:
-        pytest.skip(f"no {make.__name__} for {device.type} here")
-    bucket = Bucket(*CASES[case], device)
-    call = make(bucket)
-    verify(bucket, call)
-    benchmark.group = f"padded_attention, {case}, {device.type}"
-    benchmark.extra_info |= {"case": case, "implementation": make.__name__, "device": device.type}
-    measure(benchmark, device, call, bucket.bytes)
+    compare(
+        benchmark,
+        device,
+        "padded_attention",
+        case,
+        make,
+        lambda on: Bucket(*CASES[case], on),
+        verify,
+    )
 
 
 def verify(bucket: Bucket, call: Callable[[], Tensor]) -> None:

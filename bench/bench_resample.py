@@ -13,10 +13,9 @@ import librosa
 import pytest
 import torch
 import torchaudio
-from timing import measure
+from timing import compare, extension, reference, triton, verify_close
 from torch import Tensor
 
-from chatterbox_fast import dispatch
 from chatterbox_fast.audio import resample
 
 SECONDS = 10
@@ -63,30 +62,10 @@ def stock_compiled(job: Job) -> Callable[[], Tensor]:
     return lambda: compiled(job.waveform)
 
 
-def extension(job: Job) -> Callable[[], Tensor]:
-    return lambda: job.by("cuda")
-
-
-def triton(job: Job) -> Callable[[], Tensor]:
-    return lambda: job.by("triton")
-
-
-def reference(job: Job) -> Callable[[], Tensor]:
-    return lambda: job.by("reference")
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("make", [stock, stock_compiled, extension, triton, reference])
 def bench_resample(benchmark: Any, device: torch.device, case: str, make: Any) -> None:
-    job = Job(*CASES[case], device)
-    wanted = {"extension": "cuda", "triton": "triton"}.get(make.__name__)
-    if wanted and dispatch.choose("resample", device, wanted).backend != make.__name__:
-        pytest.skip(f"no {make.__name__} for {device.type} here")
-    call = make(job)
-    verify(job, call)
-    benchmark.group = f"resample, {case}, {device.type}"
-    benchmark.extra_info |= {"case": case, "implementation": make.__name__, "device": device.type}
-    measure(benchmark, device, call, job.bytes)
+    compare(benchmark, device, "resample", case, make, lambda on: Job(*CASES[case], on), verify)
 
 
 def verify(job: Job, call: Callable[[], Tensor]) -> None:
@@ -99,6 +78,4 @@ def verify(job: Job, call: Callable[[], Tensor]) -> None:
     else:
         expected = torchaudio.functional.resample(job.waveform.double(), *job.rates)
         loose = 1e-6 if job.waveform.is_cuda else 1e-8
-    for _ in range(3):
-        error = (call() - expected).square().sum()
-        assert error < loose * expected.square().sum()
+    verify_close(call, expected, loose)

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from timing import measure
+from timing import compare
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from chatterbox_fast import dispatch, ops
+from chatterbox_fast import ops
 from chatterbox_fast.reference import skinny_linear as in_float32
 
 ROWS = 2  # conditional and unconditional
@@ -158,15 +158,9 @@ def reference(linear: Linear) -> Callable[[], Tensor]:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("make", [stock, stock_compiled, extension, triton, reference])
 def bench_skinny_linear(benchmark: Any, device: torch.device, case: str, make: Any) -> None:
-    linear = Linear(*CASES[case], device)
-    wanted = {"extension": "cuda", "triton": "triton"}.get(make.__name__)
-    if wanted and dispatch.choose("skinny_linear", device, wanted).backend != make.__name__:
-        pytest.skip(f"no {make.__name__} for {device.type} here")
-    call = make(linear)
-    verify(linear, call)
-    benchmark.group = f"skinny_linear, {case}, {device.type}"
-    benchmark.extra_info |= {"case": case, "implementation": make.__name__, "device": device.type}
-    measure(benchmark, device, call, linear.bytes)
+    compare(
+        benchmark, device, "skinny_linear", case, make, lambda on: Linear(*CASES[case], on), verify
+    )
     if device.type == "cpu":
         benchmark.extra_info["timing"] = "wall clock, weights not in a cache"
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from chatterbox.models.s3gen.hifigan import Snake
-from timing import measure
+from timing import compare, extension, reference, triton, verify_close
 from torch import Tensor
 
-from chatterbox_fast import dispatch, ops
+from chatterbox_fast import ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = {
@@ -52,30 +52,10 @@ def stock_compiled(job: Job) -> Callable[[], Tensor]:
     return lambda: compiled(x).transpose(1, 2)
 
 
-def extension(job: Job) -> Callable[[], Tensor]:
-    return lambda: job.by("cuda")
-
-
-def triton(job: Job) -> Callable[[], Tensor]:
-    return lambda: job.by("triton")
-
-
-def reference(job: Job) -> Callable[[], Tensor]:
-    return lambda: job.by("reference")
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("make", [stock, stock_compiled, extension, triton, reference])
 def bench_snake(benchmark: Any, device: torch.device, case: str, make: Any) -> None:
-    job = Job(*CASES[case], device)
-    wanted = {"extension": "cuda", "triton": "triton"}.get(make.__name__)
-    if wanted and dispatch.choose("snake", device, wanted).backend != make.__name__:
-        pytest.skip(f"no {make.__name__} for {device.type} here")
-    call = make(job)
-    verify(job, call)
-    benchmark.group = f"snake, {case}, {device.type}"
-    benchmark.extra_info |= {"case": case, "implementation": make.__name__, "device": device.type}
-    measure(benchmark, device, call, job.bytes)
+    compare(benchmark, device, "snake", case, make, lambda on: Job(*CASES[case], on), verify)
 
 
 def verify(job: Job, call: Callable[[], Tensor]) -> None:
@@ -83,6 +63,4 @@ def verify(job: Job, call: Callable[[], Tensor]) -> None:
     wide = job.x.double()
     expected = wide + torch.sin(wide * job.alpha).square() * job.inverse
     loose = 1e-12 if job.x.dtype == torch.float32 else 1e-3
-    for _ in range(3):
-        error = (call() - expected).square().sum()
-        assert error < loose * expected.square().sum()
+    verify_close(call, expected, loose)

@@ -7,11 +7,60 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
+
+from chatterbox_fast import dispatch
 
 ROUNDS = 200
 GRAPH_CALLS = 20
 _L2_BYTES = 256 * 2**20  # more than any GPU's L2
+
+
+def compare(
+    benchmark: Any, device: torch.device, op: str, case: str, make: Any, work: Any, verify: Any
+) -> None:
+    """Times one implementation of `op` on `device`, once it is seen to be right.
+
+    Skips the implementations of this package that `device` does not have.
+
+    Args:
+        make: named as the implementation: `work` -> the call to time.
+        work: (device) -> inputs, with `bytes` as `measure` takes them.
+        verify: (inputs, call) raises where the call is wrong.
+    """
+    wanted = {"extension": "cuda", "triton": "triton"}.get(make.__name__)
+    if wanted and dispatch.choose(op, device, wanted).backend != make.__name__:  # type: ignore[arg-type]
+        pytest.skip(f"no {make.__name__} for {device.type} here")
+    inputs = work(device)
+    call = make(inputs)
+    verify(inputs, call)
+    benchmark.group = f"{op}, {case}, {device.type}"
+    benchmark.extra_info |= {"case": case, "implementation": make.__name__, "device": device.type}
+    measure(benchmark, device, call, inputs.bytes)
+
+
+# Ours, for inputs with a method `by`, which takes the backend to prefer.
+
+
+def extension(inputs: Any) -> Callable[[], Any]:
+    return lambda: inputs.by("cuda")
+
+
+def triton(inputs: Any) -> Callable[[], Any]:
+    return lambda: inputs.by("triton")
+
+
+def reference(inputs: Any) -> Callable[[], Any]:
+    return lambda: inputs.by("reference")
+
+
+def verify_close(call: Callable[[], Tensor], expected: Tensor, loose: float) -> None:
+    """What is timed is right, three times: the error's energy is below `loose` of the signal's."""
+    for _ in range(3):
+        error = (call() - expected).square().sum()
+        assert error < loose * expected.square().sum()
 
 
 def measure(
