@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chatterbox_fast.demo import commit_id, describe_machine
+from chatterbox_fast.demo import commit_id, describe_machine, now
 from chatterbox_fast.options import Options
 from chatterbox_fast.overrides import Override, apply_all, undo_all
 from chatterbox_fast.s3gen import runner
@@ -227,17 +226,11 @@ class Bench:
             for _ in range(rounds):
                 for name, variant in self.variants.items():
                     with variant.around():
-                        start = _now(self.device)
+                        start = now(self.device)
                         self.calls[name][stage]()
-                        elapsed = _now(self.device) - start
+                        elapsed = now(self.device) - start
                     samples.setdefault((stage, name), []).append(1e3 * elapsed)
         return samples
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import copy
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -32,7 +31,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from chatterbox_fast.demo import commit_id, describe_machine
+from chatterbox_fast.demo import commit_id, describe_machine, now
 from chatterbox_fast.fidelity import (
     divergence,
     draw_probabilities,
@@ -226,16 +225,10 @@ def measure(steps: dict[str, Any], count: int, device: torch.device) -> dict[str
         for name, step in steps.items():
             step()  # the caches are another's
             for _ in range(-(-count // ROUNDS)):
-                start = _now(device)
+                start = now(device)
                 step()
-                samples[name].append(1e6 * (_now(device) - start))
+                samples[name].append(1e6 * (now(device) - start))
     return samples
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -243,9 +236,9 @@ def read_bandwidth(device: torch.device) -> float:
     data = torch.ones(2**27, device=device)
     best = 0.0
     for _ in range(5):
-        start = _now(device)
+        start = now(device)
         data.sum()
-        best = max(best, data.nbytes / (_now(device) - start))
+        best = max(best, data.nbytes / (now(device) - start))
     return best
 
 

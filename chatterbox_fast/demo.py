@@ -72,9 +72,9 @@ def speak(model: Any, call: Callable[[], Tensor]) -> Run:
     """The utterance that `call` has `model` make, and the time that each stage of it takes."""
     run = Run()
     with _measured(model, run):
-        start = _now(model)
+        start = now(model.device)
         run.wav = call()
-        run.seconds["total"] = _now(model) - start
+        run.seconds["total"] = now(model.device) - start
     return run
 
 
@@ -102,17 +102,18 @@ def _measured(model: Any, run: Run) -> Iterator[None]:
 def _timed(model: Any, run: Run, stage: str, method: MethodType) -> Callable[..., Any]:
     @functools.wraps(method)
     def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        start = _now(model)
+        start = now(model.device)
         run.outputs[stage] = method.__func__(self, *args, **kwargs)
-        run.seconds[stage] += _now(model) - start
+        run.seconds[stage] += now(model.device) - start
         return run.outputs[stage]
 
     return timed
 
 
-def _now(model: Any) -> float:
-    if torch.device(model.device).type == "cuda":
-        torch.cuda.synchronize(model.device)
+def now(device: Any) -> float:
+    """Seconds, once `device` has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 

@@ -60,8 +60,8 @@ def choose_float(
         auto, why = _auto(device)
         why = why if wanted == "auto" else "int8 is T3's alone"
         wanted = auto
-    if wanted != "exact" and own != torch.float32:
-        return "exact", own, f"{wanted} needs float32 weights to start from, these are {own}"
+    if wanted != "exact" and (reason := _why_not_from(own, wanted)) is not None:
+        return "exact", own, reason
     return wanted, DTYPES.get(wanted, own), why
 
 
@@ -73,11 +73,17 @@ def _auto(device: torch.device) -> tuple[str, str]:
     return "fp16", "the default on a GPU without bfloat16"
 
 
+def _why_not_from(own: torch.dtype, wanted: str) -> str | None:
+    if own == torch.float32:
+        return None
+    return f"{wanted} needs float32 weights to start from, these are {own}"
+
+
 def _why_not(
     wanted: str, device: torch.device, own: torch.dtype, linear: dispatch.Choice
 ) -> str | None:
-    if own != torch.float32:
-        return f"{wanted} needs float32 weights to start from, these are {own}"
+    if (reason := _why_not_from(own, wanted)) is not None:
+        return reason
     if device.type == "cpu" and wanted == "fp16":
         return "a CPU gains nothing from fp16"
     if linear.backend == "torch" and (device.type == "cpu" or wanted == "int8"):

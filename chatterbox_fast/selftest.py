@@ -41,6 +41,16 @@ def choose(op: str, device: torch.device, option: Backend, dtype: torch.dtype) -
     return Choice("reference", "; ".join(failures))
 
 
+def choose_attention(
+    op: str, width: int, device: torch.device, option: Backend, dtype: torch.dtype
+) -> Choice:
+    """As `choose`, for an op whose kernels take heads of `ops.HEAD_DIM` elements alone."""
+    if width != ops.HEAD_DIM:
+        why = f"the kernels take heads of {ops.HEAD_DIM}, these are {width} wide"
+        return Choice("reference", why)
+    return choose(op, device, option, dtype)
+
+
 @functools.cache
 def why_failed(op: str, backend: str, device: torch.device) -> str | None:
     """The reason why `op` by `backend` is not to be used on `device`; None where it works."""

@@ -7,10 +7,13 @@ object does not have it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
+from .options import Options
 from .overrides import Change, Override, bound, is_ours
 
 
@@ -21,6 +24,31 @@ class Row(NamedTuple):
     runs: str
     backend: str
     why: str
+
+
+def engine_row(
+    site: str, precision: str, device: torch.device, how: Sequence[str], why: Sequence[str | None]
+) -> Row:
+    """The row of an engine.
+
+    Args:
+        how: ``"compiled"``, ``"CUDA graph"``; nothing is eager.
+        why: reasons; None is none.
+    """
+    backend = ", ".join([device.type, *(how or ["eager"])])
+    return Row(site, f"engine, {precision}", backend, "; ".join(filter(None, why)))
+
+
+def how_it_runs(options: Options, eager_because: str | None) -> list[str]:
+    """Of an engine that captures what it runs unless there is a reason not to."""
+    how = {"compiled": options.compile, "CUDA graph": eager_because is None}
+    return [name for name, so in how.items() if so]
+
+
+def memory_row(stock: int, now: int, device: torch.device, note: str = "") -> Row:
+    """The row of an engine's weights: bytes as stock has them, and now."""
+    size = f"{stock / 1e9:.2f} GB -> {now / 1e9:.2f} GB"
+    return Row("  weights", size, device.type, f"before -> now{note}")
 
 
 @dataclass(frozen=True)

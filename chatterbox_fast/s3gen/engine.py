@@ -16,7 +16,6 @@ from ..compiling import compiled
 from ..dispatch import Choice, requested_backend
 from ..graph import CaptureError, capture, graphs_wanted, settle, why_no_graph
 from ..modules import Fingerprint, fingerprint
-from ..ops import HEAD_DIM
 from ..options import Options
 from ..precision import choose_float
 from ..recent import Recent
@@ -49,7 +48,11 @@ class FlowEngine:
         self.precision, dtype, self.why = choose_float(options, self.device, weight.dtype)
         narrow = None if dtype == weight.dtype else dtype
         self.encoder = pack_encoder(flow, narrow)
-        self.padded = _choose_padded(flow.decoder.estimator, options, self.device, dtype)
+        attention = flow.decoder.estimator.mid_blocks[0][1][0].attn1
+        width = attention.to_q.out_features // attention.heads
+        self.padded = selftest.choose_attention(
+            "padded_attention", width, self.device, options.backend, dtype
+        )
         self.solver = pack_flow(flow.decoder, narrow, self.padded.backend)
         if options.compile:
             self.solver = without_onednn(self.solver)
@@ -124,16 +127,6 @@ class FlowEngine:
         return mel
 
 
-def _choose_padded(
-    estimator: Any, options: Options, device: torch.device, dtype: torch.dtype
-) -> Choice:
-    attention = estimator.mid_blocks[0][1][0].attn1
-    width = attention.to_q.out_features // attention.heads
-    if width != HEAD_DIM:
-        return Choice("reference", f"the kernels take heads of {HEAD_DIM}, these have {width}")
-    return selftest.choose("padded_attention", device, options.backend, dtype)
-
-
 class VocoderEngine:
     """The vocoder of one S3Gen, mel to audio. Immutable; threads share it.
 
@@ -189,9 +182,10 @@ class Engines(Generic[Engine]):
         """
         if torch.is_autocast_enabled(next(module.parameters()).device.type):
             return "torch.autocast is on"
+        asked = requested_backend(self._options.backend), graphs_wanted()
+        now = fingerprint(module)  # milliseconds, which nobody else waits for
         with self._lock:
-            asked = requested_backend(self._options.backend), graphs_wanted()
-            now, known = fingerprint(module), self._of.get(module)
+            known = self._of.get(module)
             if known is not None and known[0] == asked and known[1].same(now):
                 return known[2]
             self._of.pop(module, None)

@@ -13,9 +13,9 @@ from torch import nn
 from ..options import Options
 from ..request import current_request
 from ..rng import drawing_by_name
-from ..site import Row, Site
+from ..site import Row, Site, engine_row, how_it_runs, memory_row
 from . import runner
-from .engine import Engines, FlowEngine, VocoderEngine
+from .engine import Engine, Engines, FlowEngine, VocoderEngine
 from .layers import bytes_of
 from .support import why_flow_unsupported, why_vocoder_unsupported
 
@@ -23,19 +23,16 @@ from .support import why_flow_unsupported, why_vocoder_unsupported
 def flow_site(s3gen: Any, options: Options) -> Site:
     """S3Gen's flow: speech tokens to mel."""
     engines = Engines(FlowEngine, why_flow_unsupported, options)
-    make = functools.partial(make_flow_inference, engines=engines)
+    make = functools.partial(make_inference, engines=engines, serve=serve_flow)
 
     def describe() -> list[Row]:
         if isinstance(engine := engines.of(s3gen.flow), str):
             return [Row("s3gen.flow", "stock", "torch", engine)]
-        why = [engine.why, *([] if engine.eager_because is None else [engine.eager_because])]
-        how = [engine.device.type, *(["compiled"] if options.compile else [])]
-        if engine.eager_because is None:
-            how.append("CUDA graph")
-        backend = ", ".join(how if len(how) > 1 else [*how, "eager"])
+        how = how_it_runs(options, engine.eager_because)
+        why = (engine.why, engine.eager_because)
         weights = (engine.encoder, engine.solver)
         return [
-            Row("s3gen.flow", f"engine, {engine.precision}", backend, "; ".join(why)),
+            engine_row("s3gen.flow", engine.precision, engine.device, how, why),
             describe_memory(s3gen.flow, weights),
             Row("  padded_attention", "op", *engine.padded),
         ]
@@ -46,14 +43,14 @@ def flow_site(s3gen: Any, options: Options) -> Site:
 def vocoder_site(s3gen: Any, options: Options) -> Site:
     """S3Gen's vocoder: mel to audio."""
     engines = Engines(VocoderEngine, why_vocoder_unsupported, options)
-    make = functools.partial(make_vocoder_inference, engines=engines)
+    make = functools.partial(make_inference, engines=engines, serve=serve_vocoder)
 
     def describe() -> list[Row]:
         if isinstance(engine := engines.of(s3gen.mel2wav), str):
             return [Row("s3gen.vocoder", "stock", "torch", engine)]
-        backend = f"{s3gen.device.type}, {'compiled' if options.compile else 'eager'}"
+        how = ["compiled"] if options.compile else []
         return [
-            Row("s3gen.vocoder", f"engine, {engine.precision}", backend, engine.why),
+            engine_row("s3gen.vocoder", engine.precision, s3gen.device, how, (engine.why,)),
             describe_memory(s3gen.mel2wav, engine.weights),
             Row("  snake", "op", *engine.snake),
             Row("  istft", "op", *engine.istft),
@@ -68,66 +65,66 @@ def describe_memory(module: nn.Module, weights: tuple[Any, ...]) -> Row:
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in module.parameters()
     }
     now = stock | bytes_of(weights)
-    size = f"{sum(stock.values()) / 1e9:.2f} GB -> {sum(now.values()) / 1e9:.2f} GB"
-    return Row("  weights", size, next(module.parameters()).device.type, "before -> now")
+    device = next(module.parameters()).device
+    return memory_row(sum(stock.values()), sum(now.values()), device)
 
 
-def make_flow_inference(
-    stock: Callable[..., Any], *, engines: Engines[FlowEngine]
+def make_inference(
+    stock: Callable[..., Any],
+    *,
+    engines: Engines[Engine],
+    serve: Callable[[Any, Engine, dict[str, Any]], Any],
 ) -> Callable[..., Any]:
-    """Tokens to mel: the engine where it computes the same as stock, else stock."""
+    """One of S3Gen's stages: the engine where it computes the same as stock, else stock.
+
+    Args:
+        serve: (module, engine, arguments by name) -> what stock returns; None where stock must run.
+    """
     signature = inspect.signature(stock)
 
     @functools.wraps(stock)
     @torch.inference_mode()
     def inference(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(engine := engines.of(self), str):
-            return stock(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs)
-        given.apply_defaults()
-        arguments = given.arguments
-        utterance = runner.read_utterance(self, engine, arguments)
-        if utterance is None:
-            return stock(self, *args, **kwargs)
-        with drawing_by_name():
-            mel = runner.flow_inference(
-                self,
-                engine,
-                utterance,
-                finalize=arguments["finalize"],
-                n_timesteps=arguments["n_timesteps"],
-                noised_mels=arguments["noised_mels"],
-                generator=current_request().generator(utterance.tokens.device),
-            )
-        return mel, None
+        if not isinstance(engine := engines.of(self), str):
+            given = signature.bind(self, *args, **kwargs)
+            given.apply_defaults()
+            if (served := serve(self, engine, given.arguments)) is not None:
+                return served
+        return stock(self, *args, **kwargs)
 
     return inference
 
 
-def make_vocoder_inference(
-    stock: Callable[..., Any], *, engines: Engines[VocoderEngine]
-) -> Callable[..., Any]:
-    """Mel to audio: the engine where it computes the same as stock, else stock."""
-    signature = inspect.signature(stock)
+def serve_flow(flow: Any, engine: FlowEngine, arguments: dict[str, Any]) -> Any:
+    """Tokens to mel, as `make_inference` asks for it."""
+    utterance = runner.read_utterance(flow, engine, arguments)
+    if utterance is None:
+        return None
+    with drawing_by_name():
+        mel = runner.flow_inference(
+            flow,
+            engine,
+            utterance,
+            finalize=arguments["finalize"],
+            n_timesteps=arguments["n_timesteps"],
+            noised_mels=arguments["noised_mels"],
+            generator=current_request().generator(utterance.tokens.device),
+        )
+    return mel, None
 
-    @functools.wraps(stock)
-    @torch.inference_mode()
-    def inference(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(engine := engines.of(self), str):
-            return stock(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs)
-        given.apply_defaults()
-        mel = runner.read_mel(engine, given.arguments)
-        if mel is None:
-            return stock(self, *args, **kwargs)
-        request = current_request()
-        with drawing_by_name():
-            return runner.vocoder_inference(
-                engine,
-                mel,
-                given.arguments["cache_source"],
-                generator=request.generator(mel.device),
-                cpu_generator=request.generator(torch.device("cpu")),
-            )
 
-    return inference
+def serve_vocoder(mel2wav: Any, engine: VocoderEngine, arguments: dict[str, Any]) -> Any:
+    """Mel to audio, as `make_inference` asks for it."""
+    del mel2wav  # its weights are the engine's
+    mel = runner.read_mel(engine, arguments)
+    if mel is None:
+        return None
+    request = current_request()
+    with drawing_by_name():
+        return runner.vocoder_inference(
+            engine,
+            mel,
+            arguments["cache_source"],
+            generator=request.generator(mel.device),
+            cpu_generator=request.generator(torch.device("cpu")),
+        )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modules import parameters_of
+from ..modules import is_exactly, parameters_of
 from ..overrides import is_ours
 
 _TORCH = (
@@ -106,7 +106,7 @@ def why_vocoder_unsupported(mel2wav: Any) -> str | None:
 
 
 def _why_not(module: Any, name: str, parameters: set[str]) -> str | None:
-    if type(module).__qualname__ != name or not type(module).__module__.startswith("chatterbox."):
+    if not is_exactly(module, name, "chatterbox."):
         return f"a {type(module).__qualname__}, not Chatterbox's {name}"
     if module.training:
         return "the module is in training mode"
@@ -130,7 +130,7 @@ def _why_not_inference(stock_class: Any, known: set[str]) -> str | None:
 
 def _why_not_parts(root: nn.Module) -> str | None:
     """What is odd about the first part of `root` that is odd, or None."""
-    for module in root.modules():  # a thousand, at every call: their paths wait until needed
+    for module in root.modules():
         if (reason := _why_odd(module)) is not None:
             path = next(path for path, each in root.named_modules() if each is module)
             return f"{path or type(module).__qualname__} {reason}"

@@ -187,14 +187,10 @@ def _snake(module: Any, by: str) -> Snake:
     return Snake(alpha, 1.0 / (alpha + module.no_div_by_zero), by)
 
 
-def _angles() -> Tensor:
-    """``(16, 9)``: sample times frequency, in radians."""
-    turns = torch.outer(torch.arange(N_FFT), torch.arange(BINS)) % N_FFT
-    return 2 * math.pi / N_FFT * turns.double()
-
-
 def _analysis(window: Tensor) -> Tensor:
-    angles = _angles().to(window.device)
+    # Sample times frequency, in radians.
+    turns = torch.outer(torch.arange(N_FFT), torch.arange(BINS)) % N_FFT
+    angles = 2 * math.pi / N_FFT * turns.to(window)
     return window[:, None] * torch.cat([angles.cos(), -angles.sin()], dim=1)
 
 

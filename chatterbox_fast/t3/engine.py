@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, WeakMethod
 import torch
 from torch import Tensor
 
-from .. import dispatch, ops, selftest
+from .. import dispatch, selftest
 from ..graph import CaptureError, capture, graphs_wanted, settle, why_no_graph
 from ..modules import signature
 from ..options import Options
@@ -46,7 +46,9 @@ class Engine:
         self.choices = {
             "cfg_sample": selftest.choose("cfg_sample", self.device, options.backend, own),
             "skinny_linear": self.precise.linear,
-            "decode_attention": self._choose_attention(head_dim(t3.cfg), own),
+            "decode_attention": selftest.choose_attention(
+                "decode_attention", head_dim(t3.cfg), self.device, options.backend, own
+            ),
         }
         attention = self.choices["decode_attention"].backend
         self.weights = packing.pack(t3, self.precise, attention)
@@ -61,12 +63,6 @@ class Engine:
         self.slots = SlotPool(lambda rows, capacity: new_slot()(rows, capacity))  # type: ignore[misc]
         self._voices: Recent[bytes, VoicePrefix] = Recent(MOST_VOICES)
         self._rotary = t3.tfmr.rotary_emb
-
-    def _choose_attention(self, width: int, own: torch.dtype) -> dispatch.Choice:
-        if width != ops.HEAD_DIM:
-            why = f"the kernels take heads of {ops.HEAD_DIM}, these are {width} wide"
-            return dispatch.Choice("reference", why)
-        return selftest.choose("decode_attention", self.device, self.options.backend, own)
 
     @property
     def sampler(self) -> str:

@@ -12,7 +12,7 @@ from ..options import Options
 from ..overrides import REDUCE, Change, Override, bound, reduce_as_stock
 from ..request import current_request
 from ..rng import drawing_by_name
-from ..site import Row, Site
+from ..site import Row, Site, engine_row, how_it_runs, memory_row
 from . import runner, weights
 from .engine import Engine, Engines
 from .support import why_unsupported
@@ -65,21 +65,14 @@ def describe_t3(t3: Any, engines: Engines) -> list[Row]:
     """What T3 would run if it were called now: `.to()` after patching can change the answer."""
     if (reason := why_unsupported(t3)) is not None:
         return [Row("t3.inference", "stock", "torch", reason)]
-    engine, device = engines.of(t3), t3.device
-    how = ["compiled"] if engine.options.compile else []
-    why = [engine.precise.why]
-    if engine.eager_because is None:
-        how.append("CUDA graph")
-    else:
-        why.append(engine.eager_because)
-    backend = ", ".join([device.type, *(how or ["eager"])])
-    rows = [
-        Row("t3.inference", f"engine, {engine.precise.precision}", backend, "; ".join(why)),
+    engine = engines.of(t3)
+    why = (engine.precise.why, engine.eager_because)
+    how = how_it_runs(engine.options, engine.eager_because)
+    return [
+        engine_row("t3.inference", engine.precise.precision, t3.device, how, why),
         describe_memory(t3, engine),
+        *(Row(f"  {op}", "op", *choice) for op, choice in engine.choices.items()),
     ]
-    for op, choice in engine.choices.items():
-        rows.append(Row(f"  {op}", "op", choice.backend, choice.reason))
-    return rows
 
 
 def describe_memory(t3: Any, engine: Engine) -> Row:
@@ -89,8 +82,7 @@ def describe_memory(t3: Any, engine: Engine) -> Row:
     if engine.weights.decode.head.weight.data_ptr() != t3.speech_head.weight.data_ptr():
         now += weights.bytes_of(engine.weights.decode)
     host = "; the originals wait on the host" if engine.replaces_originals else ""
-    size = f"{stock / 1e9:.2f} GB -> {now / 1e9:.2f} GB"
-    return Row("  weights", size, t3.device.type, f"before -> now{host}")
+    return memory_row(stock, now, t3.device, host)
 
 
 def make_t3_inference(stock: Callable[..., Any], *, engines: Engines) -> Callable[..., Any]:
