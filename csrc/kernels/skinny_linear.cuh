@@ -15,8 +15,9 @@
 //
 // Launch: one warp multiplies two rows of weight, gate and up where it is gated, with all rows of
 // x. A lane loads 16 bytes of weights at a time and keeps eight such loads in flight, 4 KiB a warp
-// (four with int8 or eight rows of x). Where K or an address does not allow vectors, the same code
-// loads single elements. Rows of x up to the next of 1, 2, 4, 8 are computed and not stored.
+// (four with int8 or eight rows of x). Rows of x up to the next of 1, 2, 4, 8 are computed and not
+// stored. Where K or an address does not allow vectors, the code for eight rows loads single
+// elements.
 //
 // Expected bound: the weights' bytes, each of which is read once. x comes from L1, which serves
 // M sizeof(X) / (2 sizeof(W)) times as many bytes: 2 times with two float rows and bfloat16
@@ -32,6 +33,7 @@ namespace chatterbox_fast {
 
 constexpr int kSkinnyWarps = 4;    // a block
 constexpr int kSkinnyOutputs = 2;  // rows of weight, a warp
+constexpr int kSkinnyRows = 8;     // of x, at most
 
 template <typename X, typename W>
 struct SkinnyLinearArgs {
@@ -203,29 +205,31 @@ RT_GLOBAL void RT_LAUNCH_BOUNDS(32 * kSkinnyWarps)
   args.y[at] = rt::from_float<X>(own);
 }
 
-template <int kVector, typename X, typename W>
-rt::Error launch_skinny_linear_in_packs(const SkinnyLinearArgs<X, W>& args, rt::Stream stream) {
-  const int outputs = kSkinnyWarps * args.at_once();  // a block
-  const auto kernel = args.rows == 1   ? &skinny_linear_kernel<1, kVector, X, W>
-                      : args.rows == 2 ? &skinny_linear_kernel<2, kVector, X, W>
-                      : args.rows <= 4 ? &skinny_linear_kernel<4, kVector, X, W>
-                                       : &skinny_linear_kernel<8, kVector, X, W>;
-  const auto grid = static_cast<unsigned>((args.outputs + outputs - 1) / outputs);
-  return rt::launch(kernel, grid, 32 * kSkinnyWarps, 0, stream, args);
+// The kernel for `rows` rows of x and loads of whole vectors, or of single elements: those, slow
+// anyhow and of no size that T3 has, have one kernel for any number of rows.
+template <typename X, typename W>
+auto choose_skinny_linear(int rows, bool vectors) {
+  constexpr int kVector = kPackBytes / sizeof(W);
+  if (!vectors) return &skinny_linear_kernel<kSkinnyRows, 1, X, W>;
+  if (rows == 1) return &skinny_linear_kernel<1, kVector, X, W>;
+  if (rows == 2) return &skinny_linear_kernel<2, kVector, X, W>;
+  if (rows <= 4) return &skinny_linear_kernel<4, kVector, X, W>;
+  return &skinny_linear_kernel<kSkinnyRows, kVector, X, W>;
 }
 
 // Enqueues the op on `stream`; without rows or outputs it is a success without a launch.
 template <typename X, typename W>
 rt::Error launch_skinny_linear(const SkinnyLinearArgs<X, W>& args, rt::Stream stream) {
-  constexpr int kVector = kPackBytes / sizeof(W);
   if (args.rows == 0 || args.outputs == 0) return rt::Error{};
   const auto addresses = reinterpret_cast<std::uintptr_t>(args.x) |
                          reinterpret_cast<std::uintptr_t>(args.weight) |
                          reinterpret_cast<std::uintptr_t>(args.norm);
-  if (args.inputs % kVector == 0 && addresses % kPackBytes == 0) {
-    return launch_skinny_linear_in_packs<kVector>(args, stream);
-  }
-  return launch_skinny_linear_in_packs<1>(args, stream);
+  const auto vector = static_cast<long long>(kPackBytes / sizeof(W));
+  const bool vectors = args.inputs % vector == 0 && addresses % kPackBytes == 0;
+  const int outputs = kSkinnyWarps * args.at_once();  // a block
+  const auto grid = static_cast<unsigned>((args.outputs + outputs - 1) / outputs);
+  const auto kernel = choose_skinny_linear<X, W>(args.rows, vectors);
+  return rt::launch(kernel, grid, 32 * kSkinnyWarps, 0, stream, args);
 }
 
 }  // namespace chatterbox_fast
