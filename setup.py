@@ -183,7 +183,7 @@ def extension(torch: ModuleType, info: dict[str, str | None]) -> object:
     from torch.utils.cpp_extension import CUDAExtension
 
     return CUDAExtension(
-        sources=sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu"),
+        sources=sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp", "csrc/**/*.cu"),
         library_dirs=[str(lib)],
         define_macros=[("CBF_WITH_CUDA", "1")],
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-lineinfo", "--fmad=false"]},

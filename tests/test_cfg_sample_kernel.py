@@ -12,7 +12,7 @@ import pytest
 import torch
 from host_cuda import build
 from test_cfg_sample import STOP, VOCABULARY, random_case, rows_of_every_flag
-from toolkit import ARCHS, compile_kernels
+from toolkit import ARCHS, KERNELS, compile_kernels
 from torch import Tensor
 
 from chatterbox_fast import reference
@@ -209,22 +209,12 @@ def test_thread_sanitizer(p: Any, turbo: bool) -> None:
 
 # ---- nvcc
 
-SOURCE = """
-#include "kernels/cfg_sample.cuh"
-using namespace chatterbox_fast;
-template rt::Error chatterbox_fast::launch_cfg_sample(const CfgSampleArgs<float>&, rt::Stream);
-template rt::Error chatterbox_fast::launch_cfg_sample(const CfgSampleArgs<rt::half>&, rt::Stream);
-template rt::Error chatterbox_fast::launch_cfg_sample(const CfgSampleArgs<rt::bfloat16>&,
-                                                      rt::Stream);
-"""
-
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
     """Registers, spills (of the variant for stock's vocabularies) and shared memory are bounded."""
-    entries = compile_kernels(SOURCE, arch, tmp_path)
+    entries, ptx = compile_kernels(KERNELS / "cfg_sample.cu", arch, tmp_path)
     assert len(entries) == 6
-    ptx = (tmp_path / "kernels.ptx").read_text()
     assert "atom.shared.add.u32" in ptx, "top-k's counts: adds of 64 bits spin in shared memory"
     if arch not in ("89", "90"):
         return
@@ -232,4 +222,4 @@ def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
         assert entry.registers <= 128, "512 threads share 65536 registers"
         assert 0 <= entry.shared - 8 * (32 + 256 + 2) <= 16, "the three arrays, and alignment"
         if "Li17E" in entry.name:
-            assert entry.spilled <= 128, "rank keys that the compiler keeps across radix passes"
+            assert entry.spilled <= 32, "rank keys that the compiler keeps across radix passes"

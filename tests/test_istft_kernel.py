@@ -21,7 +21,7 @@ from test_istft import (
     spectrum_of,
     stock,
 )
-from toolkit import ARCHS, compile_kernels
+from toolkit import ARCHS, KERNELS, compile_kernels
 from torch import Tensor
 
 DRIVER = build.HERE / "istft.cpp"
@@ -110,18 +110,10 @@ def test_thread_sanitizer() -> None:
 
 # ---- nvcc
 
-INSTANCES = """
-#include "kernels/istft.cuh"
-using namespace chatterbox_fast;
-template rt::Error chatterbox_fast::launch_istft(IstftArgs<float>, rt::Stream);
-template rt::Error chatterbox_fast::launch_istft(IstftArgs<rt::half>, rt::Stream);
-template rt::Error chatterbox_fast::launch_istft(IstftArgs<rt::bfloat16>, rt::Stream);
-"""
-
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
-    entries = compile_kernels(INSTANCES, arch, tmp_path)
+    entries, _ = compile_kernels(KERNELS / "istft.cu", arch, tmp_path)
     assert len(entries) == 3
     for entry in entries if arch in ("89", "90") else ():
         assert entry.shared == 4 * 18 * 136, "the columns"

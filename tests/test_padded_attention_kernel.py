@@ -21,7 +21,7 @@ from test_padded_attention import (
     nan_stays_in_its_row_and_head,
     random_call,
 )
-from toolkit import ARCHS, compile_kernels
+from toolkit import ARCHS, KERNELS, compile_kernels
 from torch import Tensor
 
 DRIVER = build.HERE / "padded_attention.cpp"
@@ -132,23 +132,13 @@ def test_thread_sanitizer(dtype: torch.dtype, plain: bool) -> None:
 
 # ---- nvcc
 
-INSTANCES = """
-#include "kernels/padded_attention.cuh"
-using namespace chatterbox_fast;
-template rt::Error chatterbox_fast::launch_padded_attention(PaddedAttentionArgs<float>, rt::Stream);
-template rt::Error chatterbox_fast::launch_padded_attention(PaddedAttentionArgs<rt::half>,
-                                                            rt::Stream);
-template rt::Error chatterbox_fast::launch_padded_attention(PaddedAttentionArgs<rt::bfloat16>,
-                                                            rt::Stream);
-"""
-
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
     """Nothing is spilled; half precision is on tensor cores from sm_80 on, float never."""
-    entries = compile_kernels(INSTANCES, arch, tmp_path)
+    entries, ptx = compile_kernels(KERNELS / "padded_attention.cu", arch, tmp_path)
     assert len(entries) == len(FLOATING)
-    bodies = (tmp_path / "kernels.ptx").read_text().split(".entry ")[1:]
+    bodies = ptx.split(".entry ")[1:]
     named = {body.partition("(")[0].strip(): body for body in bodies}
     for entry in entries:
         on_tensor_cores = arch != "75" and "kernelIf" not in entry.name

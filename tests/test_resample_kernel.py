@@ -10,7 +10,7 @@ import pytest
 import torch
 from host_cuda import build
 from test_resample import FLOATING, STOCK, WHOLE, Call, noise, whole_call
-from toolkit import ARCHS, compile_kernels, ulp
+from toolkit import ARCHS, KERNELS, compile_kernels, ulp
 from torch import Tensor
 
 from chatterbox_fast.audio import bank as banks
@@ -113,18 +113,10 @@ def test_thread_sanitizer(case: dict[str, int]) -> None:
 
 # ---- nvcc
 
-INSTANCES = """
-#include "kernels/resample.cuh"
-using namespace chatterbox_fast;
-template rt::Error chatterbox_fast::launch_resample(ResampleArgs<float>, rt::Stream);
-template rt::Error chatterbox_fast::launch_resample(ResampleArgs<rt::half>, rt::Stream);
-template rt::Error chatterbox_fast::launch_resample(ResampleArgs<rt::bfloat16>, rt::Stream);
-"""
-
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
-    entries = compile_kernels(INSTANCES, arch, tmp_path)
+    entries, _ = compile_kernels(KERNELS / "resample.cu", arch, tmp_path)
     assert len(entries) == 3 * 2, "staged or not"
     for entry in entries if arch in ("89", "90") else ():
         assert entry.shared == 0, "all of it is the launch's"

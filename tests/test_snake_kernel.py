@@ -11,7 +11,7 @@ import pytest
 import torch
 from host_cuda import build
 from test_snake import FLOATING, SHAPES, check_stocks, inverse_of, noise, ties, trained
-from toolkit import ARCHS, compile_kernels
+from toolkit import ARCHS, KERNELS, compile_kernels
 from torch import Tensor
 
 DRIVER = build.HERE / "snake.cpp"
@@ -126,20 +126,11 @@ def test_thread_sanitizer(shape: tuple[int, ...]) -> None:
 
 # ---- nvcc
 
-INSTANCES = """
-#include "kernels/snake.cuh"
-using namespace chatterbox_fast;
-template rt::Error chatterbox_fast::launch_snake(const SnakeArgs<float>&, rt::Stream);
-template rt::Error chatterbox_fast::launch_snake(const SnakeArgs<rt::half>&, rt::Stream);
-template rt::Error chatterbox_fast::launch_snake(const SnakeArgs<rt::bfloat16>&, rt::Stream);
-"""
-
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
-    entries = compile_kernels(INSTANCES, arch, tmp_path)
+    entries, ptx = compile_kernels(KERNELS / "snake.cu", arch, tmp_path)
     assert len(entries) == 3 * 2, "in packs or not"
-    ptx = (tmp_path / "kernels.ptx").read_text()
     assert "sin.approx" not in ptx, "which is of no use for large arguments"
     for kernel in (text for text in ptx.split(".entry ")[1:] if "Li1EEE" not in text):
         assert len(re.findall(r"st\.global\.v4", kernel)) == EACH, "16 bytes at a time"

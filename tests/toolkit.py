@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "csrc" / "kernels"
 ARCHS = ("75", "80", "89", "90", "120")
 """What kernels are compiled for in tests."""
 
@@ -55,22 +56,24 @@ def cuda_toolkit() -> Path:
     return home
 
 
-def compile_kernels(instances: str, arch: str, folder: Path) -> list[Entry]:
-    """Compiles a file of template instances as setup.py would; any warning fails the test.
+class Compiled(NamedTuple):
+    """What nvcc made of a file."""
 
-    The PTX is left in `folder`, as kernels.ptx.
-    """
-    source = folder / "kernels.cu"
-    source.write_text(instances)
+    entries: list[Entry]
+    ptx: str
+
+
+def compile_kernels(source: Path, arch: str, folder: Path) -> Compiled:
+    """Compiles a .cu file into `folder` as setup.py would; any warning fails the test."""
     done = subprocess.run(
         [cuda_toolkit() / "bin" / "nvcc", "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-O3",
-         "--fmad=false", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}",
+         "--fmad=false", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{KERNELS}",
          "--keep", "--keep-dir", str(folder), str(source), "-o", str(folder / "kernels.cubin")],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     reports = done.stderr.split("Compiling entry function '")[1:]
-    return [_entry(report) for report in reports]
+    return Compiled([_entry(report) for report in reports], next(folder.glob("*.ptx")).read_text())
 
 
 def _entry(report: str) -> Entry:

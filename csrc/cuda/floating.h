@@ -3,7 +3,7 @@
 
 #include <c10/core/ScalarType.h>
 
-#include "kernels/runtime.h"
+#include "kernels/types.h"
 
 namespace chatterbox_fast {
 

@@ -21,6 +21,7 @@
 // is latency: about a dozen barriers.
 #pragma once
 
+#include "cfg_sample.h"
 #include "common.cuh"
 #include "runtime.h"
 #include "torch_random.cuh"
@@ -34,18 +35,10 @@ constexpr int kCfgSampleForce = 2;
 constexpr float kCfgSampleRuledOut = 32768.0f;
 constexpr int kRadixBins = 256;
 
-template <typename T>
-struct CfgSampleArgs {
-  const T* logits;
-  bool* seen;
-  const float* params;
-  int* flags;
-  long long* philox;
-  const int* stop_action;  // null: no row has one
-  long long* token;
-  int rows, vocabulary, stop_token, forget, philox_threads;
-  bool guided, turbo;
-};
+// Scores of a large vocabulary do not fit into registers: their loops stay loops, which compile in a
+// tenth of the time.
+template <int kItems>
+constexpr int kUnrolled = kItems <= 32 ? kItems : 1;
 
 struct SamplingRow {
   float cfg_weight, penalty, temperature, min_p, one_minus_top_p, top_k;
@@ -146,7 +139,7 @@ RT_DEVICE unsigned long long radix_select(const float* scores, Sum limit, int di
     const int shift = 8 * digit;
     for (int bin = threadIdx.x; bin < kRadixBins; bin += kThreads) scratch.bins[bin] = 0;
     __syncthreads();
-#pragma unroll
+#pragma unroll(kUnrolled<kItems>)
     for (int k = 0; k < kItems; ++k) {
       const unsigned long long key = rank_key(scores[k], threadIdx.x + k * kThreads);
       const Sum own = weight(k);
@@ -210,7 +203,7 @@ RT_DEVICE float load_scores(const SamplingBlock<T>& block, float (&scores)[kItem
       1.0f / block.params.penalty;  // so torch divides by a number, on CUDA
   const float inverse_temperature = 1.0f / block.params.temperature;
   unsigned long long highest = 0;
-#pragma unroll
+#pragma unroll(kUnrolled<kItems>)
   for (int k = 0; k < kItems; ++k) {
     const int id = threadIdx.x + k * kThreads;
     scores[k] = negative_infinity();
@@ -237,7 +230,7 @@ RT_DEVICE void keep_top_k(const SamplingBlock<T>& block, float (&scores)[kItems]
   };
   const auto others = static_cast<unsigned>(vocabulary - top_k);
   const auto kth = radix_select<kThreads, kItems>(scores, others, 4, block.counting, one);
-#pragma unroll
+#pragma unroll(kUnrolled<kItems>)
   for (int k = 0; k < kItems; ++k) {
     if (static_cast<unsigned long long>(ordered(scores[k])) << 16 < kth) {
       scores[k] = negative_infinity();
@@ -248,7 +241,7 @@ RT_DEVICE void keep_top_k(const SamplingBlock<T>& block, float (&scores)[kItems]
 template <int kItems>
 RT_DEVICE void keep_min_p(float top, float min_p, float (&scores)[kItems]) {
   if (min_p <= 0.0f) return;
-#pragma unroll
+#pragma unroll(kUnrolled<kItems>)
   for (int k = 0; k < kItems; ++k) {
     if (expf(scores[k] - top) < min_p) scores[k] = negative_infinity();
   }
@@ -261,7 +254,7 @@ RT_DEVICE void keep_top_p(const SamplingBlock<T>& block, float top, float (&scor
   if (threadIdx.x == 0) *total = 0;
   __syncthreads();
   unsigned long long own = 0;
-#pragma unroll
+#pragma unroll(kUnrolled<kItems>)
   for (int k = 0; k < kItems; ++k) own += mass(scores[k], top);
   for (int step = 16; step > 0; step /= 2) own += __shfl_xor_sync(kFullWarp, own, step);
   if (threadIdx.x % 32 == 0)
@@ -272,7 +265,7 @@ RT_DEVICE void keep_top_p(const SamplingBlock<T>& block, float top, float (&scor
       static_cast<double>(block.params.one_minus_top_p) * static_cast<double>(*total));
   const auto weight = [&](int k) { return mass(scores[k], top); };
   const auto lowest = radix_select<kThreads, kItems>(scores, limit, 6, block.weighing, weight);
-#pragma unroll
+#pragma unroll(kUnrolled<kItems>)
   for (int k = 0; k < kItems; ++k) {
     if (rank_key(scores[k], threadIdx.x + k * kThreads) < lowest) scores[k] = negative_infinity();
   }
@@ -283,7 +276,7 @@ template <int kThreads, int kItems, typename T>
 RT_DEVICE float penalise_last(const SamplingBlock<T>& block, float (&scores)[kItems]) {
   const float inverse_penalty = 1.0f / block.params.penalty;
   unsigned long long highest = 0;
-#pragma unroll
+#pragma unroll(kUnrolled<kItems>)
   for (int k = 0; k < kItems; ++k) {
     if (scores[k] == negative_infinity()) continue;
     const bool seen = block.seen[threadIdx.x + k * kThreads];
@@ -309,7 +302,7 @@ RT_DEVICE int draw(const SamplingBlock<T>& block, float top, const float (&score
   const unsigned long long seed = args.philox[2 * block.row];
   const unsigned long long offset = args.philox[2 * block.row + 1];
   unsigned long long best = 0;
-#pragma unroll
+#pragma unroll(kUnrolled<kItems>)
   for (int k = 0; k < kItems; ++k) {
     if (scores[k] == negative_infinity()) continue;
     const unsigned id = threadIdx.x + k * kThreads;

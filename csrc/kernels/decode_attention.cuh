@@ -28,47 +28,15 @@
 #pragma once
 
 #include "common.cuh"
+#include "decode_attention.h"
 #include "runtime.h"
 
 namespace chatterbox_fast {
 
-constexpr int kAttentionDim = 64;
 constexpr int kAttentionWarps = 4;
 constexpr int kAttentionThreads = 32 * kAttentionWarps;
-constexpr int kAttentionShare = 64;  // slots a split has at least
-constexpr int kMostAttentionSplits = 64;
-constexpr int kAttentionFailedBit = 2;
 constexpr float kAttentionScale = 0.125f;  // 1 / sqrt(64)
 constexpr float kLowestFloat = -3.402823466e38f;
-
-// A softmax over some of the slots: {sums of exp(score - highest) value, highest, total}.
-constexpr int kPartial = kAttentionDim + 2;
-
-template <typename X, typename T>
-struct DecodeAttentionArgs {
-  const X* qkv;
-  T* k_cache;
-  T* v_cache;
-  long long k_row_stride, k_head_stride, v_row_stride, v_head_stride;
-  const long long* position;
-  int* flags;
-  const float* cos;  // null: no rotation
-  const float* sin;
-  const int* watched;
-  float* probabilities;
-  X* out;
-  float* partials;     // not used with one split
-  unsigned* arrivals;  // not used with one split
-  int rows, heads, capacity, positions, watched_count, splits;
-};
-
-// Splits that fill `multiprocessors` four times over, of no less than a share of the capacity.
-inline int decode_attention_splits(long long pairs, long long capacity, int multiprocessors) {
-  const long long wanted = (4 * multiprocessors + pairs - 1) / pairs;
-  const long long most = (capacity + kAttentionShare - 1) / kAttentionShare;
-  const long long fewer = wanted < most ? wanted : most;
-  return static_cast<int>(fewer < kMostAttentionSplits ? fewer : kMostAttentionSplits);
-}
 
 // A block's part: slots [first, end) of a row and head.
 struct AttentionPart {

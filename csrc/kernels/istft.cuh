@@ -24,6 +24,7 @@
 #include <math.h>
 
 #include "inverse_dft.cuh"
+#include "istft.h"
 #include "runtime.h"
 
 namespace chatterbox_fast {
@@ -35,17 +36,6 @@ constexpr int kIstftFrames = 128;  // of a block, which has a thread for each
 constexpr int kIstftHops = kIstftFrames - (kIstftOverlap - 1);
 constexpr int kIstftPitch = kIstftFrames + 8;  // so that four rows apart are four times eight banks
 constexpr float kIstftLoudest = 100.0f;        // stock's clip of a magnitude
-
-template <typename T>
-struct IstftArgs {
-  const T* spectrum;
-  const float* window;
-  float* out;
-  long long frames;  // M
-  int rows;          // B
-  float limit;
-  long long tiles;  // blocks a row; set by launch_istft
-};
 
 // The frame that a block's frame 0 is; -1 for the first block: hop j is made of frames j - 1 .. j
 // + 2.

@@ -27,24 +27,15 @@
 #pragma once
 
 #include "common.cuh"
+#include "padded_attention.h"
 #include "runtime.h"
 
 namespace chatterbox_fast {
 
-constexpr int kPaddedHead = 64;     // elements
 constexpr int kPaddedQueries = 64;  // a block
 constexpr int kPaddedThreads = 128;
 constexpr float kPaddedScale = 0.125f;             // 1 / sqrt(64)
 constexpr float kPaddedLowest = -3.402823466e38f;  // not -infinity, which scores may be
-
-template <typename T>
-struct PaddedAttentionArgs {
-  const T* qkv;
-  const int* lengths;
-  T* out;
-  int rows, positions, heads;
-  int tiles;  // blocks a row and head; set by launch_padded_attention
-};
 
 // A block's part: queries [first, first + kPaddedQueries) of a row and head.
 template <typename T>
@@ -431,7 +422,7 @@ RT_GLOBAL void RT_LAUNCH_BOUNDS(kPaddedThreads)
 
 // Enqueues the op on `stream`; without rows or positions it is a success without a launch.
 // kTensor: with tensor cores, where there are any.
-template <typename T, bool kTensor = sizeof(T) == 2>
+template <typename T, bool kTensor>
 rt::Error launch_padded_attention(PaddedAttentionArgs<T> args, rt::Stream stream) {
   args.tiles = (args.positions + kPaddedQueries - 1) / kPaddedQueries;
   const long long blocks = static_cast<long long>(args.rows) * args.heads * args.tiles;

@@ -23,6 +23,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "resample.h"
 #include "runtime.h"
 
 namespace chatterbox_fast {
@@ -31,20 +32,6 @@ constexpr int kResampleThreads = 256;         // at most
 constexpr int kResampleEach = 4;              // outputs a thread
 constexpr int kResampleRun = 32;              // taps
 constexpr long long kResampleWindow = 12288;  // samples in shared memory at most: 48 KiB
-
-template <typename T>
-struct ResampleArgs {
-  const T* waveform;
-  const float* filters;
-  const float* first;  // null: F = 0
-  T* out;
-  long long samples, length;           // T
-  long long phase_stride, tap_stride;  // of filters
-  int rows, phases, taps, first_count, stride, left;
-  // Set by launch_resample:
-  int step;         // outputs between two of a thread
-  long long tiles;  // blocks a row
-};
 
 // Samples of a row from `origin` on.
 template <typename T, bool kStaged>

@@ -25,12 +25,10 @@
 
 #ifdef __CUDACC__
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cstddef>
 #include <cstdint>
+
+#include "types.h"
 
 #define RT_GLOBAL __global__
 #define RT_DEVICE __device__ __forceinline__
@@ -43,11 +41,6 @@
   T* const name = reinterpret_cast<T*>(rt_dynamic_shared)
 
 namespace rt {
-
-using bfloat16 = __nv_bfloat16;
-using half = __half;
-using Stream = cudaStream_t;
-using Error = cudaError_t;
 
 RT_DEVICE float to_float(float x) { return x; }
 RT_DEVICE float to_float(bfloat16 x) { return __bfloat162float(x); }

@@ -28,29 +28,15 @@
 
 #include "common.cuh"
 #include "runtime.h"
+#include "skinny_linear.h"
 
 namespace chatterbox_fast {
 
 constexpr int kSkinnyWarps = 4;    // a block
 constexpr int kSkinnyOutputs = 2;  // rows of weight, a warp
-constexpr int kSkinnyRows = 8;     // of x, at most
 
-template <typename X, typename W>
-struct SkinnyLinearArgs {
-  const X* x;
-  const W* weight;
-  const float* scale;  // null: 1
-  const float* norm;   // null: none
-  const X* residual;   // null: 0
-  X* y;
-  long long inputs, outputs;  // K, N
-  float eps;
-  int rows;  // M
-  bool gated;
-
-  // Outputs that a warp computes.
-  RT_HOST_DEVICE int at_once() const { return gated ? 1 : kSkinnyOutputs; }
-};
+// Outputs that a warp computes.
+RT_HOST_DEVICE int outputs_at_once(bool gated) { return gated ? 1 : kSkinnyOutputs; }
 
 // The rows that a warp multiplies. What there is none of repeats the last, so that it can be read.
 template <int kRows, typename X, typename W>
@@ -187,7 +173,7 @@ template <int kRows, int kVector, typename X, typename W>
 RT_GLOBAL void RT_LAUNCH_BOUNDS(32 * kSkinnyWarps)
     skinny_linear_kernel(SkinnyLinearArgs<X, W> args) {
   const long long warp = static_cast<long long>(blockIdx.x) * kSkinnyWarps + threadIdx.x / 32;
-  const long long first = warp * args.at_once();
+  const long long first = warp * outputs_at_once(args.gated);
   if (first >= args.outputs) return;  // all lanes do
   // Whole groups at T3's sizes, 1024 and 4096 inputs; with eight rows more would be spilled.
   constexpr int kSteps = sizeof(W) > 1 && kRows < 8 ? 4 : 2;
@@ -199,7 +185,7 @@ RT_GLOBAL void RT_LAUNCH_BOUNDS(32 * kSkinnyWarps)
     own *= args.scale[args.gated ? first + r * args.outputs : first + r];
   }
   if (args.gated) own = own / (1.0f + expf(-own)) * __shfl_xor_sync(kFullWarp, own, 1);
-  if (row >= args.rows || r >= args.at_once() || first + r >= args.outputs) return;
+  if (row >= args.rows || r >= outputs_at_once(args.gated) || first + r >= args.outputs) return;
   const long long at = row * args.outputs + first + r;
   if (args.residual != nullptr) own += rt::to_float(args.residual[at]);
   args.y[at] = rt::from_float<X>(own);
@@ -226,7 +212,7 @@ rt::Error launch_skinny_linear(const SkinnyLinearArgs<X, W>& args, rt::Stream st
                          reinterpret_cast<std::uintptr_t>(args.norm);
   const auto vector = static_cast<long long>(kPackBytes / sizeof(W));
   const bool vectors = args.inputs % vector == 0 && addresses % kPackBytes == 0;
-  const int outputs = kSkinnyWarps * args.at_once();  // a block
+  const int outputs = kSkinnyWarps * outputs_at_once(args.gated);  // a block
   const auto grid = static_cast<unsigned>((args.outputs + outputs - 1) / outputs);
   const auto kernel = choose_skinny_linear<X, W>(args.rows, vectors);
   return rt::launch(kernel, grid, 32 * kSkinnyWarps, 0, stream, args);

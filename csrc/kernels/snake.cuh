@@ -23,24 +23,12 @@
 
 #include "common.cuh"
 #include "runtime.h"
+#include "snake.h"
 
 namespace chatterbox_fast {
 
 constexpr int kSnakeThreads = 256;  // at most
 constexpr int kSnakeEach = 2;       // rows a thread
-
-template <typename T>
-struct SnakeArgs {
-  const T* x;
-  const float* alpha;
-  const float* inverse;
-  T* out;
-  long long rows, channels;  // R, C
-  // Set by launch_snake:
-  long long packs;  // of a row
-  int tiles;        // of a row
-  int wide;         // packs of a tile; the last one may be narrower
-};
 
 RT_DEVICE float snake_of(float x, float alpha, float inverse) {
   const float sine = sinf(alpha * x);

@@ -1,5 +1,7 @@
 // CUDA op of skinny_linear: checks, device guard, stream, dispatch, launch. The kernel and its
 // contract are in kernels/skinny_linear.cuh.
+#include "kernels/skinny_linear.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -8,7 +10,6 @@
 #include <torch/library.h>
 
 #include "floating.h"
-#include "kernels/skinny_linear.cuh"
 #include "skinny_linear.h"
 
 namespace chatterbox_fast {

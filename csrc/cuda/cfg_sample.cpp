@@ -1,5 +1,7 @@
 // CUDA op of cfg_sample: checks, device guard, stream, dispatch, launch. The kernel and its
 // contract are in kernels/cfg_sample.cuh.
+#include "cfg_sample.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -7,9 +9,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "cfg_sample.h"
 #include "checks.h"
-#include "kernels/cfg_sample.cuh"
+#include "kernels/cfg_sample.h"
 
 namespace chatterbox_fast {
 

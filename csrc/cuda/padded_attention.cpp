@@ -1,5 +1,7 @@
 // CUDA op of padded_attention: checks, device guard, stream, dispatch, launch. The kernel and its
 // contract are in kernels/padded_attention.cuh.
+#include "kernels/padded_attention.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -8,7 +10,6 @@
 #include <torch/library.h>
 
 #include "floating.h"
-#include "kernels/padded_attention.cuh"
 #include "padded_attention.h"
 
 namespace chatterbox_fast {

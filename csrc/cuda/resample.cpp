@@ -1,5 +1,7 @@
 // CUDA op of resample: checks, device guard, stream, dispatch, launch. The kernel and its contract
 // are in kernels/resample.cuh.
+#include "kernels/resample.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -8,7 +10,6 @@
 #include <torch/library.h>
 
 #include "floating.h"
-#include "kernels/resample.cuh"
 #include "resample.h"
 
 namespace chatterbox_fast {

@@ -1,5 +1,7 @@
 // CUDA op of istft: checks, device guard, stream, dispatch, launch. The kernel and its contract are
 // in kernels/istft.cuh.
+#include "istft.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -8,8 +10,7 @@
 #include <torch/library.h>
 
 #include "floating.h"
-#include "istft.h"
-#include "kernels/istft.cuh"
+#include "kernels/istft.h"
 
 namespace chatterbox_fast {
 

@@ -1,5 +1,7 @@
 // CUDA op of snake: checks, device guard, stream, dispatch, launch. The kernel and its contract are
 // in kernels/snake.cuh.
+#include "kernels/snake.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
@@ -8,7 +10,6 @@
 #include <torch/library.h>
 
 #include "floating.h"
-#include "kernels/snake.cuh"
 #include "snake.h"
 
 namespace chatterbox_fast {

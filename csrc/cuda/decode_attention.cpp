@@ -1,5 +1,7 @@
 // CUDA op of decode_attention: checks, device guard, stream, dispatch, launch. The kernel and its
 // contract are in kernels/decode_attention.cuh.
+#include "decode_attention.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/empty.h>
@@ -9,9 +11,9 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "decode_attention.h"
 #include "floating.h"
-#include "kernels/decode_attention.cuh"
+#include "kernels/decode_attention.h"
+
 namespace chatterbox_fast {
 
 namespace {
