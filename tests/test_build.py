@@ -217,14 +217,16 @@ def test_an_extension_that_does_not_load_says_why(record: dict, said: str) -> No
 
 
 def test_cuda_bindings_compile_without_a_warning() -> None:
-    """By the host's compiler. Kernels have tests of their own."""
+    """All in one, so that torch's headers are read once. Kernels have tests of their own."""
     from torch.utils.cpp_extension import include_paths
 
-    includes = [*include_paths(), str(cuda_toolkit() / "include")]
+    bindings = sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))
+    assert bindings
+    system = [*include_paths(), str(cuda_toolkit() / "include")]
     done = subprocess.run(
         ["g++", "-std=c++17", "-DCBF_WITH_CUDA=1", "-fsyntax-only", "-Wall", "-Wextra", "-Werror",
-         f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in includes),
-         *map(str, sorted((ROOT / "csrc" / "cuda").glob("*.cpp")))],
+         f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in system), "-x", "c++", "-"],
+        input="".join(f'#include "{path}"\n' for path in bindings),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

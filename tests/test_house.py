@@ -13,8 +13,10 @@ from chatterbox_fast import dispatch, ops, reference
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = re.findall(r'library\.def\(\s*"(\w+)\(', (ROOT / "csrc/registration.cpp").read_text())
 PLACES = (
+    "csrc/kernels/{}.h",
     "csrc/kernels/{}.cuh",
-    "csrc/cuda/{}.cu",
+    "csrc/kernels/{}.cu",
+    "csrc/cuda/{}.cpp",
     "csrc/cpu/{}.cpp",
     "triton_kernels/{}.py",
     "tests/host_cuda/{}.cpp",
@@ -44,7 +46,7 @@ def test_every_op_is_registered(op: str) -> None:
     """For the CPU in the extension, for CUDA in its source, which is not built everywhere."""
     if dispatch.extension_has(op):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"chatterbox_fast::{op}", "CPU")
-    for key, path in (("CPU", f"csrc/cpu/{op}.cpp"), ("CUDA", f"csrc/cuda/{op}.cu")):
+    for key, path in (("CPU", f"csrc/cpu/{op}.cpp"), ("CUDA", f"csrc/cuda/{op}.cpp")):
         _, _, registered = (
             (ROOT / path)
             .read_text()
@@ -57,6 +59,7 @@ def test_every_op_is_registered(op: str) -> None:
 def test_no_file_is_of_an_unknown_op(folder: str) -> None:
     shared = {
         "runtime",
+        "types",
         "common",
         "torch_random",
         "build_info",

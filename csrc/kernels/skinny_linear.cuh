@@ -125,16 +125,14 @@ RT_DEVICE void add_lane(const SkinnyRows<kRows, X, W>& rows, long long inputs,
     SkinnyWeights<W, kVector> weights[kSteps];
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) weights[i] = load_weights<kVector>(rows, k + i * kStride);
-    for (; k + kGroup < last_group; k += kGroup) {
+    for (; k < last_group; k += kGroup) {
+      const bool more = k + kGroup < last_group;
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
         add_products(rows, k + i * kStride, weights[i], sums);
-        weights[i] = load_weights<kVector>(rows, k + kGroup + i * kStride);
+        if (more) weights[i] = load_weights<kVector>(rows, k + kGroup + i * kStride);
       }
     }
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) add_products(rows, k + i * kStride, weights[i], sums);
-    k += kGroup;
   }
 #pragma unroll 1
   for (; k < inputs; k += kStride) {
