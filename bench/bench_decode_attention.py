@@ -1,5 +1,5 @@
-"""decode_attention against stock's rotation, cache and SDPA, eager and compiled, at T3's shapes:
-pytest bench --benchmark-only
+"""decode_attention against stock's rotation, cache and SDPA, eager and compiled, and SDPA alone
+over the valid prefix, at T3's shapes: pytest bench --benchmark-only
 
 Every call reads another layer's cache than the one before, as a decode step does: on a CPU there
 are layers enough that no cache holds them, on a GPU the L2 cache is overwritten.
@@ -77,11 +77,16 @@ class Step:
         return F.scaled_dot_product_attention(q, k, v).flatten(1)
 
     def in_place(self, layer: int) -> Tensor:
-        """The same without the copy, knowing the position on the host: SDPA alone costs this."""
+        """The same without the copy, knowing the position on the host."""
         q, k, v = self.rotated(self.k.dtype)
-        k_cache, v_cache = (c[layer, :, :, : self.positions] for c in (self.k, self.v))
-        k_cache[:, :, -1:], v_cache[:, :, -1:] = k, v
-        return F.scaled_dot_product_attention(q, k_cache, v_cache).flatten(1)
+        last = self.positions - 1
+        self.k[layer, :, :, last], self.v[layer, :, :, last] = k[:, :, 0], v[:, :, 0]
+        return self.attended(q, layer)
+
+    def attended(self, q: Tensor, layer: int) -> Tensor:
+        """SDPA over the valid prefix."""
+        k, v = (cache[layer, :, :, : self.positions] for cache in (self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v).flatten(1)
 
 
 def in_turn(step: Step, function: Callable[[int], Tensor]) -> Callable[[], Tensor]:
@@ -101,6 +106,14 @@ def sdpa_in_place(step: Step) -> Callable[[], Tensor]:
     return in_turn(step, step.in_place)
 
 
+def sdpa_of_prefix(step: Step) -> Callable[[], Tensor]:
+    """SDPA alone: q is rotated, and k and v are in their slots, before."""
+    q, k, v = step.rotated(step.k.dtype)
+    for caches, new in ((step.k, k), (step.v, v)):
+        caches[:, :, :, step.positions - 1] = new[:, :, 0]
+    return in_turn(step, lambda i: step.attended(q, i))
+
+
 def extension(step: Step) -> Callable[[], Tensor]:
     op = ops.decode_attention_by("extension")
     return in_turn(step, lambda i: op(*step.arguments(i), arrivals=step.arrivals))
@@ -117,7 +130,8 @@ def reference(step: Step) -> Callable[[], Tensor]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    "make", [stock, stock_compiled, sdpa_in_place, extension, triton, reference]
+    "make",
+    [stock, stock_compiled, sdpa_in_place, sdpa_of_prefix, extension, triton, reference],
 )
 def bench_decode_attention(benchmark: Any, device: torch.device, case: str, make: Any) -> None:
     compare(

@@ -20,8 +20,8 @@ from chatterbox_fast.audio import resample
 
 SECONDS = 10
 HANN, SOXR = "sinc_interp_hann", "soxr_hq"
-RATES = ((24000, 16000), (16000, 24000), (24000, 32000), (32000, 24000), (44100, 24000),
-         (48000, 24000))  # fmt: skip
+RATES = ((24000, 16000), (16000, 24000), (24000, 32000), (32000, 24000), (22050, 24000),
+         (44100, 24000), (48000, 24000))  # fmt: skip
 CASES = {
     f"{name}, {orig}->{new}": (orig, new, method)
     for name, method in (("torchaudio's filter", HANN), ("soxr HQ", SOXR))
@@ -43,7 +43,8 @@ class Job:
 
     def by_librosa(self) -> Tensor:
         orig, new = self.rates
-        y = librosa.resample(self.waveform.cpu().numpy(), orig_sr=orig, target_sr=new)
+        x = self.waveform.cpu().numpy()
+        y = librosa.resample(x, orig_sr=orig, target_sr=new, res_type="soxr_hq")
         return torch.from_numpy(y).to(self.waveform.device)
 
 

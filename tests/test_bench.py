@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import bench_cfg_sample
+import bench_decode_attention
 import bench_padded_attention
 import bench_resample
 import bench_snake
@@ -72,6 +73,25 @@ def test_what_is_timed_resamples(case: str) -> None:
         bench_resample.verify(job, make(job))
     with pytest.raises(AssertionError):
         bench_resample.verify(job, lambda: 1.001 * bench_resample.extension(job)())
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in bench_decode_attention.CASES if c.startswith("2 rows, 100 ")]
+)
+def test_what_is_timed_decodes(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each on caches of its own: what one appends is not there for the next."""
+    monkeypatch.setattr(bench_decode_attention, "_BEYOND_CACHES", 2**20)
+    arguments = bench_decode_attention.CASES[case]
+    makes = (bench_decode_attention.stock, bench_decode_attention.sdpa_in_place,
+             bench_decode_attention.sdpa_of_prefix, bench_decode_attention.extension,
+             bench_decode_attention.reference)  # fmt: skip
+    for make in makes:
+        step = bench_decode_attention.Step(*arguments, CPU)
+        bench_decode_attention.verify(step, make(step))
+    step = bench_decode_attention.Step(*arguments, CPU)
+    unrotated = step.qkv[:, 0, :, None].to(step.k.dtype)
+    with pytest.raises(AssertionError):
+        bench_decode_attention.verify(step, lambda: step.attended(unrotated, 0))
 
 
 @pytest.mark.parametrize("case", [c for c in bench_padded_attention.CASES if "250" in c])

@@ -692,7 +692,8 @@ def test_nothing_of_the_caches_size_is_allocated() -> None:
 @pytest.mark.parametrize("dtype", FLOATING)
 class TestOnAGpu:
     def test_results(self, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
-        for rows, position in ((1, 63), (2, 0), (2, 250), (2, 1000), (32, 1000), (64, 77)):
+        of_two = ((2, position) for position in (0, 1, 250, 1000, 1023, 1024))
+        for rows, position in ((1, 63), *of_two, (32, 1000), (64, 77)):
             call = random_call(
                 1024, [position], rows=rows, heads=16, dtype=dtype, cache_dtype=cache_dtype,
                 watched=[(0, 3), (rows - 1, 9)], device="cuda",

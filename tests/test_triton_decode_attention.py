@@ -200,7 +200,7 @@ def test_it_compiles(architecture: int, cache: str, whole: bool) -> None:
 @pytest.mark.parametrize("cache_dtype", FLOATING)
 @pytest.mark.parametrize("dtype", FLOATING)
 def test_results_on_a_gpu(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
-    for rows, position in ((2, 0), (2, 250), (2, 1000), (32, 1000)):
+    for rows, position in ((2, 0), (2, 1), (2, 250), (2, 1023), (2, 1024), (32, 1000)):
         call = random_call(
             1024, [position], rows=rows, heads=16, dtype=dtype, cache_dtype=cache_dtype,
             watched=[(0, 3), (1, 9)], device="cuda",

@@ -35,7 +35,9 @@ def resample(
         rolloff: the cut-off, as a fraction of the lower Nyquist frequency; positive.
         resampling_method: ``"sinc_interp_hann"`` or ``"sinc_interp_kaiser"``, torchaudio's filters;
             or ``"soxr_hq"``, what ``librosa.resample(res_type="soxr_hq")`` gives, to 120 dB or
-            more. It has no parameters, and needs the package soxr when a ratio is first met.
+            more, for rates that differ by at most a factor of 48. It has no parameters, and needs
+            the package soxr when a ratio is first met, to read its filter: milliseconds, seconds
+            where rates differ by ten times and more.
         beta: the shape of Kaiser's window; None is 14.769656459379492.
         backend: which implementation to prefer, see `dispatch.choose`.
 
@@ -47,8 +49,8 @@ def resample(
 
     Raises:
         TypeError: not a tensor, a dtype that is not listed, or a parameter that is no number.
-        ValueError: a parameter out of range, a waveform without dimensions, or a ratio for which
-            there would be more than 2**20 coefficients.
+        ValueError: a parameter out of range, a waveform without dimensions, a ratio for which
+            there would be more than 2**20 coefficients, or one beyond soxr_hq's factor.
         RuntimeError: soxr_hq without the package soxr, or with one that has no such filter.
     """
     design = Filter.of(orig_freq, new_freq, lowpass_filter_width, rolloff, resampling_method, beta)

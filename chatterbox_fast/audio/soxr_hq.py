@@ -21,16 +21,18 @@ from .bank import Bank, BankTooLarge, Filter, lengths
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MOST_RATIO = 12
-"""Rates may differ by this factor: what it takes to read the filter grows with its square."""
+MOST_RATIO = 48
+"""Rates may differ by this factor: reading the filter takes seconds there, and grows with it."""
 _REACH = 104
 """Samples of the lower rate on each side beyond which HQ has nothing but rounding errors."""
 _NOISE = 2.0**-25
 """Half a unit in the last place of a float32 of 1: taps at the ends below this are left out."""
 _START_NOISE = 1e-7
-_READINGS = 4, 64
-_SAMPLES = 2_000_000
-"""How many readings are averaged: at least, at most, and samples to spend on them."""
+_READINGS, _SAMPLES = 64, 2_000_000
+"""How many readings of the filters are averaged at most, and samples to spend on them."""
+_FIRST_READINGS, _CHANNELS, _TOGETHER = 4, 8192, 32
+"""Of the first outputs' filters: readings at most, channels to spend on them, of which each takes
+soxr a third of a millisecond to set up, and how many are read together, which bounds the memory."""
 _LEAST_DB = 120.0
 
 
@@ -46,7 +48,7 @@ def probe(design: Filter) -> Bank:
     except ImportError as error:
         raise RuntimeError(
             "chatterbox_fast.resample: resampling_method='soxr_hq' needs the package soxr: "
-            "pip install soxr"
+            "pip install soxr (stock Chatterbox brings it, through librosa)"
         ) from error
     ratio = max(design.orig / design.new, design.new / design.orig)
     if ratio > MOST_RATIO:
@@ -64,9 +66,10 @@ def probe(design: Filter) -> Bank:
 
     filters = _filters(by_soxr, design, reach)
     first = _first_filters(by_soxr, design, filters)
-    differs = np.abs(first - filters[np.arange(len(first)) % design.new]).max(axis=1) > _START_NOISE
-    count = int(np.flatnonzero(differs).max(initial=-1)) + 1
-    kept = np.flatnonzero(np.abs(filters).max(axis=0) > _NOISE)
+    scale = min(1.0, 2 * design.new / design.orig)  # taps are smaller where rates fall by more
+    differs = np.abs(first - filters[np.arange(len(first)) % design.new]).max(axis=1)
+    count = int(np.flatnonzero(differs > scale * _START_NOISE).max(initial=-1)) + 1
+    kept = np.flatnonzero(np.abs(filters).max(axis=0) > scale * _NOISE)
     taps = slice(int(kept[0]), int(kept[-1]) + 1)
     bank = Bank(
         torch.from_numpy(filters[:, taps].copy()),
@@ -85,7 +88,7 @@ def _filters(by_soxr: Any, design: Filter, reach: int) -> NDArray[Any]:
     """
     orig, new = design.orig, design.new
     apart = next(s for s in itertools.count(2 * reach + 2) if math.gcd(s, orig) == 1)
-    readings = min(max(_SAMPLES // (apart * orig), _READINGS[0]), _READINGS[1])
+    readings = min(max(_SAMPLES // (apart * orig), 1), _READINGS)
     samples = 4 * reach + apart * np.arange(readings * orig)
     x = np.zeros((int(samples[-1]) + 2 * reach, 1))
     x[samples] = 1
@@ -110,13 +113,15 @@ def _first_filters(by_soxr: Any, design: Filter, filters: NDArray[Any]) -> NDArr
     output = np.arange(-(-reach * new // orig))[:, None]
     place = output * orig // new - reach + np.arange(2 * reach + 2)
     samples = int(place.max()) + 1
-    scales = 1 + np.arange(_READINGS[0]) / 7  # other mantissas, other errors
-    total = np.zeros(place.shape)
-    for scale in scales:
-        x = np.zeros((samples + 2 * reach, samples))
-        np.fill_diagonal(x, scale)
-        total += by_soxr(x)[output, place.clip(0)] / scale
-    return np.where(place < 0, filters[output[:, 0] % new], total / len(scales))
+    readings = min(max(_CHANNELS // samples, 1), _FIRST_READINGS)
+    total = np.zeros((len(output), samples))
+    for scale in 1 + np.arange(readings) / 7:  # other mantissas, other errors
+        for begin in range(0, samples, _TOGETHER):
+            read = slice(begin, begin + _TOGETHER)
+            x = np.eye(samples, min(_TOGETHER, samples - begin), -begin)
+            total[:, read] += by_soxr(scale * x)[: len(output)] / scale
+    own = total[output, place.clip(0)] / readings
+    return np.where(place < 0, filters[output[:, 0] % new], own)
 
 
 def _verify(by_soxr: Any, design: Filter, bank: Bank, reach: int) -> None:

@@ -1,10 +1,11 @@
 // CPU op of resample. Contract: chatterbox_fast/reference.py, resample.
 //
-// A task makes a range of outputs of one row. It first copies the samples that they need into a
-// buffer of its own, as floats, zeros where there are none: the loops know no edges and one dtype.
-// Where there are few phases and neighbours' filters overlap, four outputs share a window of
-// samples, which their filters are widened to by zeros, and two such windows share the filters: six
-// loads serve eight vectors of products. A last step adds the lanes of all eight sums at once.
+// A task makes a range of outputs of one row. Where the samples that they need are not all there,
+// or not floats, it first copies them into a buffer of its own, zeros where there are none: the
+// loops know no edges and one dtype. Where there are few phases and neighbours' filters overlap,
+// four outputs share a window of samples, which their filters are widened to by zeros, and two such
+// windows share the filters: six loads serve eight vectors of products. A last step adds the lanes
+// of all eight sums at once.
 // The result does not depend on the number of threads. What is not finite meets the zeros too: it
 // reaches a few outputs more than its filters do, fewer than in torchaudio.
 #include "resample.h"
@@ -16,7 +17,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -69,6 +72,19 @@ struct Task {
   const float* samples;
   int64_t origin, begin, end;
   float* out;  // of output 0
+
+  // The last four lanes are `apart` outputs after the first four.
+  CBF_INLINE void put(const Floats& y, int64_t output, int64_t apart) const {
+    if (output + apart + kQuad <= end) {
+      std::memcpy(out + output, &y, sizeof y / 2);
+      std::memcpy(out + output + apart, reinterpret_cast<const float*>(&y) + kQuad, sizeof y / 2);
+      return;
+    }
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t own = output + i / kQuad * apart + i % kQuad;
+      if (own < end) out[own] = y[i];
+    }
+  }
 };
 
 // Floats anywhere in memory, read once: GCC would read them again for each product.
@@ -108,24 +124,20 @@ CBF_INLINE Floats eight_filters(const float* const (&x)[kLanes],
 }
 
 // Pairs of whole periods of `quads`, four outputs of both after another.
-CBF_FOR_EVERY_CPU void run_by_quads(const Bank& bank, const Quads& quads, const Task& task) {
+CBF_FUSED_FOR_EVERY_CPU void run_by_quads(const Bank& bank, const Quads& quads, const Task& task) {
   const int64_t taps = quads.taps, pair = 2 * quads.period;
   for (int64_t q = 0; q < quads.period; q += kQuad) {
     const float* const filters = quads.filters.const_data_ptr<float>() + q * taps;
     const float* x = task.samples + (bank.start(task.begin + q) - task.origin);
     for (int64_t output = task.begin + q; output < task.end; output += pair) {
-      const Floats y = two_by_four(x, quads.advance, filters, taps);
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t own = output + i / kQuad * quads.period + i % kQuad;
-        if (own < task.end) task.out[own] = y[i];
-      }
+      task.put(two_by_four(x, quads.advance, filters, taps), output, quads.period);
       x += 2 * quads.advance;
     }
   }
 }
 
 // Output by output, up to `end`.
-CBF_FOR_EVERY_CPU void run_in_order(const Bank& bank, const Task& task, int64_t end) {
+CBF_FUSED_FOR_EVERY_CPU void run_in_order(const Bank& bank, const Task& task, int64_t end) {
   for (int64_t output = task.begin; output < end; output += kLanes) {
     const float *x[kLanes], *filters[kLanes];
     for (int i = 0; i < kLanes; ++i) {
@@ -138,15 +150,19 @@ CBF_FOR_EVERY_CPU void run_in_order(const Bank& bank, const Task& task, int64_t 
   }
 }
 
-// Sample `begin` and the `count` - 1 after it; 0 where there is none.
+// Sample `begin` of a row and the `count` - 1 after it, 0 where there is none: in the row itself
+// where they are all there, as floats, or else in `copy`.
 template <typename T>
-void copy_samples(const T* row, int64_t samples, int64_t begin, int64_t count, float* to) {
+const float* samples_of(const T* row, int64_t samples, int64_t begin, int64_t count,
+                        std::vector<float>& copy) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (begin >= 0 && begin + count <= samples) return row + begin;
+  }
   const int64_t from = std::clamp<int64_t>(begin, 0, samples);
   const int64_t until = std::clamp<int64_t>(begin + count, from, samples);
-  if (from >= until) return void(std::fill_n(to, count, 0.0f));
-  std::fill_n(to, from - begin, 0.0f);
-  std::copy(row + from, row + until, to + (from - begin));
-  std::fill(to + (until - begin), to + count, 0.0f);
+  copy.assign(count, 0.0f);
+  if (from < until) std::copy(row + from, row + until, copy.begin() + (from - begin));
+  return copy.data();
 }
 
 // Outputs of a task: a multiple of `unit`, few where a stride of many samples lies between them.
@@ -164,16 +180,16 @@ void for_every_task(const Bank& bank, const ResampleSizes& sizes, int64_t length
   const int64_t tasks = (length + size - 1) / size;
   const int64_t grain = std::max<int64_t>(1, kGrain / (size * taps));
   at::parallel_for(0, sizes.rows * tasks, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> samples;
+    std::vector<float> copy;
     for (int64_t t = begin; t < end; ++t) {
       const int64_t row = t / tasks, output = t % tasks * size;
       const int64_t until = std::min(length, output + size);
       const int64_t read = (until - output + unit - 1) / unit * unit;
       const int64_t origin = bank.start(output);
-      samples.resize(bank.start(output + read - 1) - origin + taps);
-      copy_samples(waveform + row * sizes.samples, sizes.samples, origin,
-                   static_cast<int64_t>(samples.size()), samples.data());
-      compute(Task{samples.data(), origin, output, until, out + row * length});
+      const int64_t count = bank.start(output + read - 1) - origin + taps;
+      const float* samples =
+          samples_of(waveform + row * sizes.samples, sizes.samples, origin, count, copy);
+      compute(Task{samples, origin, output, until, out + row * length});
     }
   });
 }

@@ -2,6 +2,8 @@
 //
 //   CBF_FOR_EVERY_CPU   before a function: one source, a clone for each instruction set; the loader
 //                       takes the best one there is
+//   CBF_FUSED_FOR_EVERY_CPU  the same, and a product is added without being rounded where the CPU
+//                       can: for sums whose last bit nothing depends on
 //   CBF_INLINE          before what such a function calls, which must be compiled into the clone
 //   Floats, Words       8 lanes; all arithmetic is lane by lane
 #pragma once
@@ -11,8 +13,11 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
 #define CBF_FOR_EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
+#define CBF_FUSED_FOR_EVERY_CPU \
+  __attribute__((target_clones("fma", "default"), optimize("fp-contract=fast")))
 #else
 #define CBF_FOR_EVERY_CPU
+#define CBF_FUSED_FOR_EVERY_CPU
 #endif
 #define CBF_INLINE __attribute__((always_inline)) inline
 #if defined(__GNUC__) && !defined(__clang__)
