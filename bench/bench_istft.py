@@ -50,7 +50,10 @@ def by_stock(x: Tensor, window: Tensor) -> Tensor:
 
 
 class Convolution:
-    """The inverse transform and the overlap as one transposed convolution, by torch."""
+    """The inverse transform and the overlap as one transposed convolution, by torch.
+
+    What torch.compile gets: stock's complex numbers it leaves as they are.
+    """
 
     def __init__(self, job: Job) -> None:
         bins, samples = torch.arange(SIZE // 2 + 1), torch.arange(SIZE)

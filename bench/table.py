@@ -2,8 +2,8 @@
 
 A table stands between ``<!-- table: FILE -->`` and ``<!-- end -->``, FILE relative to
 bench/results: a `chatterbox-fast demo --json` file, one of bench/t3_decode.py, bench/s3gen.py or
-bench/end_to_end.py, or one of ``pytest bench --benchmark-json``. The last two are drawn as FILE.png
-too.
+bench/end_to_end.py, or one of ``pytest bench --benchmark-json``. The last three are drawn too, as
+FILE.png.
 """
 
 from __future__ import annotations
@@ -47,40 +47,58 @@ def demo_table(raw: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-def bench_table(raw: dict[str, Any]) -> str:
-    """The markdown table of a pytest-benchmark file: a row for each case and implementation.
+OURS = ("extension", "triton")
+"""What of an op's implementations is ours; its specification, `reference`, is in no table."""
 
-    With a column for times in CUDA graphs where the file has any.
+
+def bench_table(raw: dict[str, Any]) -> str:
+    """The markdown table of a pytest-benchmark file: a row for each case.
+
+    Stock, the fastest of the other baselines, ours by CUDA or C++, and by Triton on a GPU.
     """
-    infos = [benchmark["extra_info"] for benchmark in raw["benchmarks"]]
-    graphs = any(info.get("graph_us") is not None for info in infos)
-    rows = ["| case | implementation | median | p20 – p80 | stock / it |", "|---|---|---|---|---|"]
-    if graphs:
-        rows = [rows[0] + " in a graph |", rows[1] + "---|"]
-    for case, medians in by_case(raw).items():
-        for info in medians.values():
-            ratio = medians["stock"]["median_us"] / info["median_us"]
-            rows.append(
-                f"| {case} | {info['implementation']} | {info['median_us']:.0f} µs | "
-                f"{info['p20_us']:.0f} – {info['p80_us']:.0f} | {ratio:.2f}× |"
-                + (f" {_graph_time(info)} |" if graphs else "")
-            )
+    cases = by_case(raw)
+    columns = [name for name in OURS if any(name in medians for medians in cases.values())]
+    names = ["case", "stock", "fastest other baseline", *columns, "stock / ours"]
+    rows = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for case, medians in cases.items():
+        ours = [medians.get(name) for name in columns]
+        cells = [case, _time(medians["stock"]), _fastest_other(medians), *map(_time, ours)]
+        best = min((one["median_us"] for one in ours if one is not None), default=None)
+        cells.append("–" if best is None else f"{medians['stock']['median_us'] / best:.2f}×")
+        rows.append(f"| {' | '.join(cells)} |")
     machine, commit = raw["machine_info"]["measured"], raw["commit_info"]
     dirty = "+" if commit["dirty"] else ""
+    infos = [benchmark["extra_info"] for benchmark in raw["benchmarks"]]
     timing = "; ".join(dict.fromkeys(info["timing"] for info in infos))
-    return "\n".join(
-        [
-            *rows,
-            "",
-            f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
-            f"{timing}, {raw['datetime'][:10]}, commit {commit['id'][:7]}{dirty}.",
-        ]
+    conditions = (
+        f"Medians, and from the 20th to the 80th percentile. {machine['device']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}, {timing}, "
+        f"{raw['datetime'][:10]}, commit {commit['id'][:7]}{dirty}."
     )
+    return "\n".join([*rows, "", conditions])
 
 
-def _graph_time(info: dict[str, Any]) -> str:
-    us = info.get("graph_us")
-    return "–" if us is None else f"{us:.1f} µs"
+def _time(info: dict[str, Any] | None) -> str:
+    """Median and spread; in a CUDA graph too, where it was captured."""
+    if info is None:
+        return "–"
+    graph = info.get("graph_us")
+    return (
+        f"{info['median_us']:.0f} µs ({info['p20_us']:.0f} – {info['p80_us']:.0f})"
+        + ("" if graph is None else f"; {graph:.1f} µs in a graph")
+    )  # fmt: skip
+
+
+def _fastest_other(medians: dict[str, dict[str, Any]]) -> str:
+    others = {
+        name: info
+        for name, info in medians.items()
+        if name not in ("stock", "reference", *OURS)
+    }  # fmt: skip
+    if not others:
+        return "–"
+    name, info = min(others.items(), key=lambda pair: pair[1]["median_us"])
+    return f"{info['median_us']:.0f} µs, {name.replace('_', ' ')}"
 
 
 def t3_decode_table(raw: dict[str, Any]) -> str:
@@ -196,11 +214,11 @@ def _seconds(result: dict[str, Any], stock: dict[str, Any], stage: str) -> str:
 
 
 def by_case(raw: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """case -> implementation -> what `timing.measure` noted."""
+    """Op, case and device -> implementation -> what `timing.measure` noted."""
     cases: dict[str, dict[str, dict[str, Any]]] = {}
     for benchmark in raw["benchmarks"]:
         info = benchmark["extra_info"]
-        cases.setdefault(f"{info['case']}, {info['device']}", {})[info["implementation"]] = info
+        cases.setdefault(benchmark["group"], {})[info["implementation"]] = info
     return cases
 
 
@@ -224,17 +242,39 @@ def draw_stages(raw: dict[str, Any], path: Path) -> None:
 
 
 def draw(raw: dict[str, Any], path: Path) -> None:
-    """A bar for each implementation, grouped by case, on a logarithmic axis."""
+    """How many times stock's speed ours has, a bar for each case, on a logarithmic axis."""
     from matplotlib import pyplot
 
-    cases = by_case(raw)
-    figure, axes = pyplot.subplots(1, len(cases), figsize=(3.2 * len(cases), 3), sharey=True)
-    for axis, (case, medians) in zip(axes, cases.items(), strict=True):
-        axis.bar(list(medians), [info["median_us"] for info in medians.values()])
-        axis.set_title(case, fontsize=8)
-        axis.set_yscale("log")
-        axis.tick_params(axis="x", labelrotation=30, labelsize=7)
-    axes[0].set_ylabel("median, µs")
+    gains = {
+        case: medians["stock"]["median_us"] / medians["extension"]["median_us"]
+        for case, medians in by_case(raw).items()
+        if "extension" in medians
+    }
+    figure, axis = pyplot.subplots(figsize=(7, 1 + 0.18 * len(gains)))
+    axis.barh(list(gains), list(gains.values()))
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xlabel("stock's median / ours")
+    axis.tick_params(axis="y", labelsize=6)
+    axis.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def draw_s3gen(raw: dict[str, Any], path: Path) -> None:
+    """A bar for each stage, length and variant."""
+    from matplotlib import pyplot
+
+    results = raw["s3gen"]
+    stages = list(dict.fromkeys(result["stage"] for result in results))
+    figure, axes = pyplot.subplots(1, len(stages), figsize=(3.2 * len(stages), 3))
+    for axis, stage in zip(axes, stages, strict=True):
+        own = [result for result in results if result["stage"] == stage]
+        names = [f"{r['variant']}\n{r['seconds_of_audio']:g} s" for r in own]
+        axis.bar(names, [result["median_ms"] / 1e3 for result in own])
+        axis.set_title(stage, fontsize=8)
+        axis.tick_params(axis="x", labelrotation=60, labelsize=6)
+    axes[0].set_ylabel("median, s")
     figure.tight_layout()
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
@@ -246,6 +286,7 @@ KINDS = {
     "end_to_end": end_to_end_table,
 }
 """What marks a file of a kind -> its table; a demo's has none."""
+PICTURES = {"benchmarks": draw, "s3gen": draw_s3gen, "end_to_end": draw_stages}
 PAGES = ("README.md", "OPTIMIZATION_GUIDE.md")
 
 
@@ -272,10 +313,9 @@ def main(arguments: list[str]) -> int:
         (ROOT / page).write_text(fresh)
         for name in (match.group(2) for match in _TABLE.finditer(text)):
             raw = json.loads((RESULTS / name).read_text())
-            if "benchmarks" in raw:
-                draw(raw, RESULTS / f"{name}.png")
-            elif "end_to_end" in raw:
-                draw_stages(raw, RESULTS / f"{name}.png")
+            for key, picture in PICTURES.items():
+                if key in raw:
+                    picture(raw, RESULTS / f"{name}.png")
     return int("--check" in arguments and stale)
 
 
