@@ -218,8 +218,10 @@ def test_graphs_on_a_gpu() -> None:
 
 def result(implementation: str, **info: Any) -> dict[str, Any]:
     times = {"median_us": 20.0, "p20_us": 19.0, "p80_us": 22.0, "timing": "warm"}
-    names = {"case": "a", "device": "cuda", "implementation": implementation}
-    return {"extra_info": names | times | info}
+    return {
+        "group": "op, a, cuda",
+        "extra_info": {"implementation": implementation} | times | info,
+    }
 
 
 def table_of(*results: dict[str, Any]) -> list[str]:
@@ -232,21 +234,47 @@ def table_of(*results: dict[str, Any]) -> list[str]:
     }).splitlines()  # fmt: skip
 
 
-def test_a_table_has_graphs_only_where_its_file_has() -> None:
-    header, rule, *rows = table_of(
-        result("stock", graph_us=None, no_graph="it waits"),
-        result("extension", graph_us=3.14, no_graph=None, timing="cold"),
+def test_a_table_has_a_row_for_a_case() -> None:
+    """Ours by the faster of its backends, against stock and the fastest of what is not ours."""
+    header, rule, row, _, conditions = table_of(
+        result("stock"),
+        result("stock_compiled", median_us=12.0),
+        result("sdpa", median_us=11.0),
+        result("extension", median_us=5.0, graph_us=3.14, timing="cold"),
+        result("triton", median_us=4.0, graph_us=None),
+        result("reference", median_us=1.0),
     )
-    assert header.endswith("| stock / it | in a graph |")
-    assert rule == "|---|---|---|---|---|---|"
-    assert [row.rsplit("| ", 1)[1] for row in rows[:2]] == ["– |", "3.1 µs |"]
-    assert ", warm; cold, " in rows[-1]
-    for without in (table_of(result("stock")), table_of(result("stock", graph_us=None))):
-        assert without[:2] == [
-            "| case | implementation | median | p20 – p80 | stock / it |",
-            "|---|---|---|---|---|",
-        ]
-        assert without[2] == "| a, cuda | stock | 20 µs | 19 – 22 | 1.00× |"
+    names = ("case", "stock", "fastest other baseline", "extension", "triton", "stock / ours")
+    assert header == f"| {' | '.join(names)} |"
+    assert rule == "|---" * len(names) + "|"
+    cells = ("op, a, cuda", "20 µs (19 – 22)", "11 µs, sdpa",
+             "5 µs (19 – 22); 3.1 µs in a graph", "4 µs (19 – 22)", "5.00×")  # fmt: skip
+    assert row == f"| {' | '.join(cells)} |"
+    assert ", warm; cold, " in conditions
+
+
+def test_a_table_of_stock_alone() -> None:
+    header, _, row, *_ = table_of(result("stock"))
+    assert header == "| case | stock | fastest other baseline | stock / ours |"
+    assert row == "| op, a, cuda | 20 µs (19 – 22) | – | – |"
+
+
+@pytest.mark.parametrize(
+    ("key", "results"),
+    [
+        ("benchmarks", [result("stock"), result("extension", median_us=5.0)]),
+        ("s3gen", [
+            {"stage": stage, "variant": "stock", "seconds_of_audio": 2.0, "median_ms": 10.0}
+            for stage in ("encoder", "solver")
+        ]),
+        ("end_to_end", [
+            {"variant": "stock", "seconds_of_audio": 5.0, "stages": {"t3": 1.0, "total": 1.0}}
+        ]),
+    ],
+)  # fmt: skip
+def test_results_are_drawn(key: str, results: list[dict[str, Any]], tmp_path: Path) -> None:
+    table.PICTURES[key]({key: results}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_decode_bench_measures_and_renders() -> None:
