@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..graph import drawing
 from .engine import FlowEngine, VocoderEngine
 from .vocoder import Draws, VocoderWeights, f0, source
 
@@ -96,7 +97,8 @@ def flow_inference(
         )
     speaker = flow.spk_embed_affine_layer(F.normalize(utterance.speaker, dim=1))
     # Stock's draw, in stock's order of dimensions.
-    noise = speaker.new_empty(rows, bands, frames).normal_(generator=generator)
+    with drawing(speaker.device, generator):
+        noise = speaker.new_empty(rows, bands, frames).normal_(generator=generator)
     if noised_mels is not None:
         noise[..., frames - noised_mels.shape[2] :] = noised_mels
     noise = noise.transpose(1, 2).contiguous()
@@ -157,7 +159,8 @@ def draw_source(
     phase = torch.rand(rows, harmonics, 1, generator=cpu_generator, device="cpu")
     phase = phase.mul_(2 * math.pi).sub_(math.pi)
     phase[:, 0] = 0
-    noise = mel.new_empty(rows, harmonics, samples).normal_(generator=generator)
-    mel.new_empty(rows, samples, 1).normal_(generator=generator)
+    with drawing(mel.device, generator):
+        noise = mel.new_empty(rows, harmonics, samples).normal_(generator=generator)
+        mel.new_empty(rows, samples, 1).normal_(generator=generator)
     # Few bytes, which the driver takes over before the call returns: no wait for the device.
     return Draws(phase.to(mel.device, mel.dtype, non_blocking=True), noise)
