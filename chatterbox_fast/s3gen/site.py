@@ -50,7 +50,7 @@ def vocoder_site(s3gen: Any, options: Options) -> Site:
             return [Row("s3gen.vocoder", "stock", "torch", engine)]
         how = ["compiled"] if options.compile else []
         return [
-            engine_row("s3gen.vocoder", engine.precision, s3gen.device, how, (engine.why,)),
+            engine_row("s3gen.vocoder", engine.precision, engine.device, how, (engine.why,)),
             describe_memory(s3gen.mel2wav, engine.weights),
             Row("  snake", "op", *engine.snake),
             Row("  istft", "op", *engine.istft),
@@ -73,12 +73,12 @@ def make_inference(
     stock: Callable[..., Any],
     *,
     engines: Engines[Engine],
-    serve: Callable[[Any, Engine, dict[str, Any]], Any],
+    serve: Callable[[Engine, dict[str, Any]], Any],
 ) -> Callable[..., Any]:
     """One of S3Gen's stages: the engine where it computes the same as stock, else stock.
 
     Args:
-        serve: (module, engine, arguments by name) -> what stock returns; None where stock must run.
+        serve: (engine, stock's arguments by name) -> what stock returns; None where stock must run.
     """
     signature = inspect.signature(stock)
 
@@ -88,15 +88,16 @@ def make_inference(
         if not isinstance(engine := engines.of(self), str):
             given = signature.bind(self, *args, **kwargs)
             given.apply_defaults()
-            if (served := serve(self, engine, given.arguments)) is not None:
+            if (served := serve(engine, given.arguments)) is not None:
                 return served
         return stock(self, *args, **kwargs)
 
     return inference
 
 
-def serve_flow(flow: Any, engine: FlowEngine, arguments: dict[str, Any]) -> Any:
+def serve_flow(engine: FlowEngine, arguments: dict[str, Any]) -> Any:
     """Tokens to mel, as `make_inference` asks for it."""
+    flow = arguments["self"]
     utterance = runner.read_utterance(flow, engine, arguments)
     if utterance is None:
         return None
@@ -113,9 +114,8 @@ def serve_flow(flow: Any, engine: FlowEngine, arguments: dict[str, Any]) -> Any:
     return mel, None
 
 
-def serve_vocoder(mel2wav: Any, engine: VocoderEngine, arguments: dict[str, Any]) -> Any:
+def serve_vocoder(engine: VocoderEngine, arguments: dict[str, Any]) -> Any:
     """Mel to audio, as `make_inference` asks for it."""
-    del mel2wav  # its weights are the engine's
     mel = runner.read_mel(engine, arguments)
     if mel is None:
         return None
