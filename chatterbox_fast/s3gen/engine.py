@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import selftest
-from ..compiling import compiled
+from ..compiling import Compiled
 from ..dispatch import Choice, requested_backend
 from ..graph import CaptureError, capture, graphs_wanted, settle, why_no_graph
 from ..modules import Fingerprint, fingerprint
@@ -180,7 +180,7 @@ class VocoderEngine:
         self.weights = pack_vocoder(
             mel2wav, narrow, snake=self.snake.backend, istft=self.istft.backend
         )
-        self.decode = compiled(decode) if options.compile else decode
+        self.decode = Compiled(decode) if options.compile else decode
         settle(self.device)
 
 

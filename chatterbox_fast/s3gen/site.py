@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compiling import why_not_compiled
 from ..options import Options
 from ..request import current_request
 from ..rng import drawing_by_name
@@ -28,8 +29,9 @@ def flow_site(s3gen: Any, options: Options) -> Site:
     def describe() -> list[Row]:
         if isinstance(engine := engines.of(s3gen.flow), str):
             return [Row("s3gen.flow", "stock", "torch", engine)]
-        how = how_it_runs(options, engine.eager_because)
-        why = (engine.why, engine.eager_because)
+        not_compiled = why_not_compiled(engine.blocks)
+        how = how_it_runs(options.compile and not_compiled is None, engine.eager_because)
+        why = (engine.why, not_compiled, engine.eager_because)
         weights = (engine.encoder, engine.solver)
         return [
             engine_row("s3gen.flow", engine.precision, engine.device, how, why),
@@ -48,9 +50,11 @@ def vocoder_site(s3gen: Any, options: Options) -> Site:
     def describe() -> list[Row]:
         if isinstance(engine := engines.of(s3gen.mel2wav), str):
             return [Row("s3gen.vocoder", "stock", "torch", engine)]
-        how = ["compiled"] if options.compile else []
+        not_compiled = why_not_compiled([engine.decode])
+        how = ["compiled"] if options.compile and not_compiled is None else []
+        why = (engine.why, not_compiled)
         return [
-            engine_row("s3gen.vocoder", engine.precision, engine.device, how, (engine.why,)),
+            engine_row("s3gen.vocoder", engine.precision, engine.device, how, why),
             describe_memory(s3gen.mel2wav, engine.weights),
             Row("  snake", "op", *engine.snake),
             Row("  istft", "op", *engine.istft),
