@@ -63,6 +63,46 @@ def vocoder_site(s3gen: Any, options: Options) -> Site:
     return Site("s3gen.vocoder", s3gen.mel2wav, "inference", make, describe)
 
 
+def lengths_site(s3gen: Any, _options: Options) -> Site:
+    """S3Gen's count of its tokens, around the flow.
+
+    Stock makes it on the host, and waits for all that runs to copy it to the device.
+    """
+    row = Row(
+        "s3gen.flow_inference", "stock, one wait less", "-", "its token count is on the device"
+    )
+    return Site(
+        "s3gen.flow_inference",
+        s3gen,
+        "flow_inference",
+        make_flow_inference,
+        lambda: [row],
+        unfit=why_without_lengths,
+    )
+
+
+def why_without_lengths(stock: Callable[..., Any]) -> str | None:
+    """The reason why stock's flow_inference cannot be given its token count, or None."""
+    missing = {"speech_tokens", "speech_token_lens"} - set(inspect.signature(stock).parameters)
+    return f"flow_inference() takes no {', '.join(sorted(missing))}" if missing else None
+
+
+def make_flow_inference(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Stock's flow_inference, given the token count that it would make itself."""
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def flow_inference(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
+        tokens = given.arguments["speech_tokens"]
+        if given.arguments.get("speech_token_lens") is None and torch.is_tensor(tokens):
+            rows, count = torch.atleast_2d(tokens).shape
+            given.arguments["speech_token_lens"] = torch.full((rows,), count, device=self.device)
+        return stock(*given.args, **given.kwargs)
+
+    return flow_inference
+
+
 def describe_memory(module: nn.Module, weights: tuple[Any, ...]) -> Row:
     """A module's weights in memory, stock's and now, with the engine's copies."""
     stock = {
