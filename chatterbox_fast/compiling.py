@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FunctionType
-from typing import TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-Function = TypeVar("Function", bound=Callable[..., object])
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-def compiled(function: Function) -> Function:
-    """A copy of `function` under torch.compile, without a graph break, for any length.
+class Compiled(Generic[Arguments, Result]):
+    """A function under torch.compile, without a graph break, for any length.
 
-    A copy has its own share of how often torch compiles a function anew.
+    Where the compiler fails it is the function itself from then on: nothing of it has run yet.
+
+    Attributes:
+        eager_because: what the compiler said when it failed; None where it has not.
     """
-    plain = cast(FunctionType, function)
-    copied = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__)
-    return cast(Function, torch.compile(copied, fullgraph=True, dynamic=True))
+
+    def __init__(self, function: Callable[Arguments, Result]) -> None:
+        self._eager = function
+        # A copy has its own share of how often torch compiles a function anew.
+        plain = cast(FunctionType, function)
+        copied = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__)
+        self._compiled: Callable[..., Any] = torch.compile(copied, fullgraph=True, dynamic=True)
+        self.eager_because: str | None = None
+
+    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        """The function."""
+        if self.eager_because is None:
+            try:
+                return cast(Result, self._compiled(*args, **kwargs))
+            except (TorchDynamoException, FailOnRecompileLimitHit) as failure:
+                said = " ".join(str(failure).split("\n")[:2])  # which backend, and its error
+                self.eager_because = f"torch.compile failed: {said}"
+        return self._eager(*args, **kwargs)
+
+
+def why_not_compiled(functions: Iterable[object]) -> str | None:
+    """Why one of `functions` is not compiled although it was to be; None where there is no such."""
+    reasons = (each.eager_because for each in functions if isinstance(each, Compiled))
+    return next(filter(None, reasons), None)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from threading import Lock
 
 import torch
 
 _capturing = Lock()
+"""One capture at a time: it begins with a wait for the device, which another would not survive."""
+_beginning = Lock()
 
 
 class CaptureError(RuntimeError):
@@ -35,14 +38,28 @@ def why_no_graph(device: torch.device) -> str | None:
     return None
 
 
+def drawing(
+    device: torch.device, generator: torch.Generator | None
+) -> AbstractContextManager[object]:
+    """A context for a draw, or a look at a generator, that a capture which begins must not meet.
+
+    Only torch's global CUDA generators are affected: see `_begin`.
+    """
+    return nullcontext() if generator is not None or device.type != "cuda" else _beginning
+
+
 def capture(
     step: Callable[[], None], device: torch.device, pool: tuple[int, int] | None = None
 ) -> Callable[[], None]:
-    """Captures `step`, which must neither read a value on the host nor change what it allocates.
+    """Captures `step`, which must neither read a value on the host, nor draw from torch's global
+    generator, nor change what it allocates.
 
     It runs twice before: kernels are loaded, libraries get their workspaces. Other threads may
-    launch and allocate meanwhile. Torch may refuse them a draw from its global CUDA generator
-    while the capture lasts; requests with a seed have their own.
+    launch, allocate, draw and replay meanwhile. There is one moment, of microseconds, in which
+    torch would refuse them a draw from its global CUDA generator, or draw the next one's numbers:
+    ours wait for its end (`drawing`), but for those of the reference's sampler on a GPU. What draws
+    elsewhere, as stock does for meanflow's noise and whoever else uses torch in this process, can
+    still meet it; requests with a seed have generators of their own.
 
     Args:
         pool: of ``torch.cuda.graph_pool_handle``: graphs with the same one share the memory of
@@ -53,7 +70,7 @@ def capture(
 
     Raises:
         torch.OutOfMemoryError: there is not enough memory.
-        CaptureError: anything else went wrong.
+        CaptureError: anything else went wrong. The current stream is what it was.
     """
     try:
         return _capture(step, device, pool)
@@ -61,13 +78,15 @@ def capture(
         raise
     except RuntimeError as failure:
         said = str(failure).splitlines()[0]
+        if "out of memory" in said:  # the driver's, for the graph itself
+            raise torch.OutOfMemoryError(f"the capture failed: {said}") from failure
         raise CaptureError(f"the capture failed: {said}") from failure
 
 
 def _capture(
     step: Callable[[], None], device: torch.device, pool: tuple[int, int] | None
 ) -> Callable[[], None]:
-    with _capturing, torch.cuda.device(device):
+    with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -75,6 +94,40 @@ def _capture(
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            step()
+        # Not by torch.cuda.graph, which leaves the thread on its stream where a capture fails.
+        with _capturing, torch.cuda.stream(stream):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # the graph cannot use what the two runs have left
+            _begin(graph, pool)
+            _run(step, graph)
     return graph.replay
+
+
+def _begin(graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None) -> None:
+    """Begins the capture with a generator of its own.
+
+    Torch ties the state of its global generator to the capture: until that ends nobody else can
+    draw from it or replay a graph that was captured with it, and after a capture that failed nobody
+    ever can. So the global generator has another state for this moment.
+    """
+    shared = torch.cuda.default_generators[torch.cuda.current_device()]
+    with _beginning:
+        own = shared.graphsafe_get_state()
+        shared.graphsafe_set_state(shared.clone_state())
+        try:
+            graph.capture_begin(
+                *(() if pool is None else (pool,)), capture_error_mode="thread_local"
+            )
+        finally:
+            shared.graphsafe_set_state(own)
+
+
+def _run(step: Callable[[], None], graph: torch.cuda.CUDAGraph) -> None:
+    """Runs `step` and ends the capture; where both fail, the step's error says why."""
+    try:
+        step()
+    except BaseException:
+        with suppress(RuntimeError):
+            graph.capture_end()
+        raise
+    graph.capture_end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from . import ops, reference
+from .graph import drawing
 
 _LIKE: Mapping[Callable[..., Tensor], Callable[..., Tensor]] = {
     torch.randn_like: Tensor.normal_,
@@ -132,19 +134,20 @@ class PhiloxStream:
         self, generator: torch.Generator | None, device: torch.device, vocabulary: int, draws: int
     ) -> None:
         self._generator = generator or torch.cuda.default_generators[device.index or 0]
+        self._drawing = functools.partial(drawing, device, generator)
         threads = ops.philox_threads(vocabulary, device)
         self._increment = reference.philox_increment(vocabulary, threads)
         self.state = torch.zeros(1, 2, dtype=torch.long, device=device)
-        with self._lock:
+        with self._lock, self._drawing():
             self._start = self._generator.get_offset()
             self._end = self._start + draws * self._increment
             self._generator.set_offset(self._end)
-        row = [self._generator.initial_seed(), self._start]
+            row = [self._generator.initial_seed(), self._start]
         self.state.copy_(torch.tensor([[_signed(word) for word in row]]))
 
     def close(self, used: int) -> None:
         """Gives back the numbers that `used` draws did not need."""
-        with self._lock:
+        with self._lock, self._drawing():
             if self._generator.get_offset() == self._end:
                 self._generator.set_offset(self._start + used * self._increment)
 

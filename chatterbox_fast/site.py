@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .options import Options
 from .overrides import Change, Override, bound, is_ours
 
 
@@ -39,9 +38,9 @@ def engine_row(
     return Row(site, f"engine, {precision}", backend, "; ".join(filter(None, why)))
 
 
-def how_it_runs(options: Options, eager_because: str | None) -> list[str]:
+def how_it_runs(compiled: bool, eager_because: str | None) -> list[str]:
     """Of an engine that captures what it runs unless there is a reason not to."""
-    how = {"compiled": options.compile, "CUDA graph": eager_because is None}
+    how = {"compiled": compiled, "CUDA graph": eager_because is None}
     return [name for name, so in how.items() if so]
 
 

@@ -12,7 +12,7 @@ from .options import Options
 from .overrides import REDUCE, Override
 from .request import Request, serving
 from .rng import Generators, check_seed
-from .s3gen.site import flow_site, vocoder_site
+from .s3gen.site import flow_site, lengths_site, vocoder_site
 from .site import Row, Site
 from .t3.site import t3_site
 from .t3.support import why_unsupported
@@ -36,7 +36,7 @@ def sites_of(model: Any, options: Options) -> list[Site]:
     sites = [Site("generate", model, "generate", make, lambda: [generate])]
     if hasattr(model, "t3") and not getattr(model.t3, "is_gpt", False):
         sites.append(t3_site(model.t3, options))
-    makers = embed_ref_site, flow_site, vocoder_site
+    makers = embed_ref_site, lengths_site, flow_site, vocoder_site
     return [*sites, *(make(model.s3gen, options) for make in makers)]
 
 

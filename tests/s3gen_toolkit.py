@@ -9,7 +9,7 @@ from torch import Tensor
 
 from chatterbox_fast.options import Options
 from chatterbox_fast.overrides import apply_all, undo_all
-from chatterbox_fast.s3gen.site import flow_site, vocoder_site
+from chatterbox_fast.s3gen.site import flow_site, lengths_site, vocoder_site
 from chatterbox_fast.site import Row
 from chatterbox_fast.testing import random_s3gen
 
@@ -71,7 +71,8 @@ class Engine:
     def __init__(self, s3gen: Any, **options: Any) -> None:
         own = Options.of(**options)
         self.sites = [flow_site(s3gen, own), vocoder_site(s3gen, own)]
-        self.changes = [change for site in self.sites for change in site.changes()]
+        replaced = *self.sites, lengths_site(s3gen, own)
+        self.changes = [change for site in replaced for change in site.changes()]
 
     def rows(self) -> list[Row]:
         """What a report says."""

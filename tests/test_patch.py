@@ -114,7 +114,15 @@ def stock_after_seed(model: Any, seed: int, **arguments: Any) -> torch.Tensor:
     return model.generate(TEXT, **arguments)
 
 
-OURS = {"inference", "embed_ref", "generate", "forward", "__reduce_ex__", "_chatterbox_fast"}
+OURS = {
+    "inference",
+    "embed_ref",
+    "flow_inference",
+    "generate",
+    "forward",
+    "__reduce_ex__",
+    "_chatterbox_fast",
+}
 
 
 def test_deep_copies_and_pickles_of_a_patched_model_are_stock(english: Any) -> None:

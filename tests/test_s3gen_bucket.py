@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from chatterbox_fast.graph import CaptureError
 from chatterbox_fast.options import Options
+from chatterbox_fast.recent import Recent
 from chatterbox_fast.s3gen import bucket as buckets
 from chatterbox_fast.s3gen import engine as engines
 from chatterbox_fast.s3gen.bucket import Bucket, Flow, bucket_for
@@ -111,6 +114,7 @@ def test_buckets_are_few() -> None:
     sizes = [bucket_for(tokens) for tokens in (1, 64, 65, 500, buckets.LARGEST)]
     assert sizes == [64, 64, 128, 512, buckets.LARGEST]
     assert bucket_for(buckets.LARGEST + 1) is None
+    assert buckets.LARGEST // buckets.GRANULE <= engines.BUCKETS, "mixed lengths evict nobody"
 
 
 @pytest.fixture
@@ -124,6 +128,25 @@ def small(flow: Any, monkeypatch: pytest.MonkeyPatch) -> FlowEngine:
     return engine
 
 
+def failing(failure: Exception, *sizes: int) -> Callable[..., Any]:
+    """Stands in for `graph.capture`; fails for buckets of those sizes, or of any."""
+
+    def capture(step: Any, *rest: Any) -> Callable[[], None]:
+        if not sizes or step.__self__._tokens.shape[1] in sizes:
+            raise failure
+        return eagerly(step, *rest)
+
+    return capture
+
+
+def eager_mel(engine: FlowEngine, own: tuple[Tensor, ...], n_timesteps: int) -> Tensor:
+    """By an engine that does not believe in graphs."""
+    frames = own[3].shape[1]
+    mu = encode(engine.encoder, own[0])[:, :frames]
+    prompt = torch.nn.functional.pad(own[2], (0, 0, 0, frames - own[2].shape[1]))
+    return engine.solve(mu, own[1], prompt, own[3], n_timesteps)
+
+
 def test_a_bucket_is_captured_once_a_size(
     small: FlowEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,13 +157,9 @@ def test_a_bucket_is_captured_once_a_size(
         return eagerly(step)
 
     monkeypatch.setattr(engines, "capture", capture)
-    monkeypatch.setattr(engines, "BUCKETS", 8)
     for tokens in (3, 8, 9, 16, 3):
         own = inputs(tokens, 2)
-        mu = encode(small.encoder, own[0])
-        prompt = torch.nn.functional.pad(own[2], (0, 0, 0, 2 * tokens - 2))
-        expected = small.solve(mu, own[1], prompt, own[3], 2)
-        assert relative(small.mel(*own, 2), expected) < 1e-5
+        assert relative(small.mel(*own, 2), eager_mel(small, own, 2)) < 1e-5
     assert len(captured) == 2
     small.mel(*inputs(3, 2), 3)
     assert len(captured) == 3, "another number of steps"
@@ -148,28 +167,81 @@ def test_a_bucket_is_captured_once_a_size(
     two_rows = (torch.cat([each, each]) for each in inputs(3, 2))
     assert small.mel(*two_rows, 2).shape == (2, 6, 80)
     assert len(captured) == 3, "too long, or a batch: eagerly"
-    for steps in range(4, 4 + engines.BUCKETS):
+    small._buckets = Recent(2)
+    for steps in (1, 2, 3):
         small.mel(*inputs(3, 2), steps)
-    assert len(small._buckets) == engines.BUCKETS
+    assert len(small._buckets) == 2
 
 
-def test_without_a_graph_it_runs_eagerly(
+def test_after_a_failed_capture_it_runs_eagerly(
     small: FlowEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = inputs(5, 2)
-    expected = small.mel(*own, 2)
-
-    def failing(*_: Any) -> Any:
-        raise failure
-
-    failure: Exception = torch.OutOfMemoryError("no room")
-    monkeypatch.setattr(engines, "capture", failing)
-    assert relative(small.mel(*own, 3), small.mel(*own, 3)) == 0
-    assert len(small._buckets) == 0
-    assert small.eager_because is None, "there may be room at another time"
     failure = CaptureError("the capture failed: it was raining")
-    assert relative(small.mel(*own, 2), expected) < 1e-5
+    monkeypatch.setattr(engines, "capture", failing(failure))
+    assert torch.equal(small.mel(*own, 2), eager_mel(small, own, 2))
     assert small.eager_because == "the capture failed: it was raining"
+
+
+def test_a_size_without_room_runs_eagerly_and_lets_the_others_be(
+    small: FlowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = mock.Mock(wraps=failing(torch.OutOfMemoryError("no room"), 32))
+    monkeypatch.setattr(engines, "capture", capture)
+    large, little = inputs(30, 2), inputs(5, 2)
+    small.mel(*little, 2)
+    assert torch.equal(small.mel(*large, 2), eager_mel(small, large, 2))
+    assert capture.call_count == 3, "once beside the other, once alone"
+    assert len(small._buckets) == 0
+    for _ in range(2):
+        small.mel(*little, 2)
+        assert torch.equal(small.mel(*large, 2), eager_mel(small, large, 2))
+    assert capture.call_count == 4, "it is not tried again, and evicts nobody"
+    assert len(small._buckets) == 1
+    assert small.eager_because is None, "other sizes have room"
+
+
+def test_others_make_room(small: FlowEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.mel(*inputs(5, 2), 2)
+    freed: list[int] = []
+
+    def capture(step: Callable[[], None], *_: Any) -> Callable[[], None]:
+        if not freed:
+            raise torch.OutOfMemoryError("no room")
+        return eagerly(step)
+
+    half_made: list[Any] = []
+    monkeypatch.setattr(engines, "capture", capture)
+    plain = engines.Bucket.__init__
+
+    def watched(self: Any, *rest: Any) -> None:
+        half_made.append(weakref.ref(self))
+        plain(self, *rest)
+
+    monkeypatch.setattr(engines.Bucket, "__init__", watched)
+    clear = small._buckets.clear
+
+    def cleared() -> None:
+        assert half_made[0]() is None, "its buffers are freed by then"
+        freed.append(len(small._buckets))
+        clear()
+
+    monkeypatch.setattr(small._buckets, "clear", cleared)
+    small.mel(*inputs(12, 2), 2)
+    assert freed == [1]
+    assert len(small._buckets) == 1
+
+
+def test_the_engines_device_waits_for_the_one_before(
+    small: FlowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the stream of that device, whichever is current."""
+    streams = mock.Mock()
+    monkeypatch.setattr(torch.cuda, "current_stream", streams)
+    small._done = mock.Mock(name="event")
+    small.mel(*inputs(5, 2), 2)
+    streams.assert_called_once_with(small.device)
+    streams.return_value.wait_event.assert_called_once_with(small._done)
 
 
 def test_threads_take_turns(small: FlowEngine) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from s3gen_toolkit import relative, rough_s3gen
+from s3gen_toolkit import Engine, relative, rough_s3gen, seeded, utterance
 from torch._dynamo.utils import counters
 
 from chatterbox_fast.options import Options
+from chatterbox_fast.s3gen import engine as engine_module
 from chatterbox_fast.s3gen import flow as flow_module
 from chatterbox_fast.s3gen.engine import FlowEngine, VocoderEngine
 from chatterbox_fast.s3gen.flow import EAGER, Given, estimate
@@ -52,6 +54,36 @@ def test_the_solvers_blocks(s3gen: Any) -> None:
     assert not counters["graph_break"]
     # Transformers are alike; residual blocks differ in width: from the middle's, and from two.
     assert 0 < graphs() <= 4
+
+
+def failing_compiler(_module: Any, _inputs: Any) -> Any:
+    raise OSError("/bin/false exited with 1\nand a long story")
+
+
+def test_a_compiler_that_fails_is_not_asked_again(
+    s3gen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short vocoder: tracing the whole one takes minutes."""
+    asked = mock.Mock(side_effect=failing_compiler)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=asked))
+    monkeypatch.setattr(engine_module, "decode", lambda _, _mel, source: 2 * source.squeeze(1))
+    engine, arguments = Engine(s3gen, compile=True), utterance(4, 3)
+    flow, _, _, vocoder, *_ = engine.rows()
+    assert (flow.backend, vocoder.backend) == ("cpu, compiled", "cpu, compiled")
+    expected, _ = seeded(lambda: s3gen.flow.inference(**arguments)[0])
+    with engine:
+        for _ in range(2):
+            found, _ = seeded(lambda: s3gen.flow.inference(**arguments)[0])
+            assert relative(found, expected) < 1e-5
+            assert asked.call_count == 2, "once a function: transformers, residual blocks"
+        wave, source = s3gen.mel2wav.inference(torch.randn(1, 80, 3))
+        assert torch.equal(wave, 2 * source[:, 0])
+    flow, _, _, vocoder, *_ = engine.rows()
+    for row in (flow, vocoder):
+        assert row.backend == "cpu, eager"
+        assert "torch.compile failed: " in row.why
+        assert "raised: OSError: /bin/false exited with 1" in row.why
+        assert "story" not in row.why
 
 
 def test_padded_rows_are_compiled_too(s3gen: Any) -> None:

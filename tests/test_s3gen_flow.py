@@ -6,6 +6,7 @@ import copy
 import logging
 import threading
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -86,6 +87,37 @@ def test_cut_before_the_lookahead(s3gen: Any) -> None:
     del encoder.forward
     assert found.shape == (1, 80, 2 * (12 - 3))
     assert relative(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("prompt", [6, 2, 0])
+def test_meanflow_is_cut_at_its_end(prompt: int) -> None:
+    """Stock's noise for the speech stays at the speech; what is cut is its tail."""
+    s3gen = rough_s3gen(meanflow=True)
+    noise = torch.randn(1, 80, 2 * 12, generator=torch.Generator().manual_seed(5))
+    own = utterance(12, prompt) | {"meanflow": True, "n_timesteps": 2, "noised_mels": noise}
+    with Engine(s3gen), mock.patch.object(FlowEngine, "mel", autospec=True) as run:
+        run.side_effect = lambda _engine, _tokens, _speaker, _prompt, noise, _steps: noise
+        whole = mel(s3gen, own)
+        cut = mel(s3gen, own | {"finalize": False})
+    assert torch.equal(whole, noise)
+    assert torch.equal(cut, noise[..., :-6])
+    with Engine(s3gen):
+        found = mel(s3gen, own | {"finalize": False})
+        long = torch.zeros(1, 80, 2 * (12 + prompt) + 1)
+        with pytest.raises(ValueError, match="noised_mels must have at most the"):
+            mel(s3gen, own | {"noised_mels": long})
+    assert found.shape == (1, 80, 18)
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize(("tokens", "prompt"), [(3, 0), (2, 0), (1, 0), (3, 6), (2, 6), (0, 6)])
+def test_too_few_tokens_to_be_cut(s3gen: Any, tokens: int, prompt: int) -> None:
+    message = rf"more than 3 tokens beyond prompt_feat's {2 * prompt} frames, got {tokens}$"
+    with Engine(s3gen):
+        with pytest.raises(ValueError, match=message):
+            mel(s3gen, utterance(tokens, prompt) | {"finalize": False})
+        found = mel(s3gen, utterance(4, prompt) | {"finalize": False})
+    assert found.shape == (1, 80, 2)
 
 
 def test_unequal_lengths_are_stocks(s3gen: Any) -> None:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from chatterbox_fast.options import Options
 from chatterbox_fast.s3gen.engine import Engines, VocoderEngine
 from chatterbox_fast.s3gen.support import why_vocoder_unsupported
-from chatterbox_fast.s3gen.vocoder import VocoderWeights, decode, pack_vocoder, stft
+from chatterbox_fast.s3gen.vocoder import VocoderWeights, decode, f0, pack_vocoder, stft
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,45 @@ def test_the_transform_is_torchs(exact: Any, rows: int) -> None:
     assert window.dtype == torch.double
 
 
+@torch.inference_mode()
+def test_f0_by_products_is_f0(exact: Any, weights: VocoderWeights) -> None:
+    """What a GPU runs, against float64: no further off than the convolutions."""
+    x = torch.randn(2, 17, 80, generator=torch.Generator().manual_seed(2))
+    for conv, double in zip(weights.f0_convs, pack_vocoder(exact).f0_convs, strict=True):
+        oracle = double(x.double())
+        assert relative(double.as_product(x.double()), oracle) < 1e-14
+        found, expected = conv.as_product(x), conv(x)
+        allowed = 2 * relative(expected.double(), oracle) + torch.finfo(torch.float).eps
+        assert relative(found.double(), oracle) <= allowed
+        x = torch.nn.functional.elu(expected)
+
+
+@pytest.mark.gpu
+def test_f0_is_float32_on_a_gpu(exact: Any, weights: VocoderWeights) -> None:
+    """Whatever cuDNN may do. Not yet run on a GPU."""
+    gpu = weights._replace(
+        f0_convs=tuple(
+            each._replace(weight=each.weight.cuda(), bias=each.bias.cuda())
+            for each in weights.f0_convs
+        ),
+        f0_head=weights.f0_head._replace(
+            weight=weights.f0_head.weight.cuda(), bias=weights.f0_head.bias.cuda()
+        ),
+    )
+    mel = torch.randn(1, 200, 80, generator=torch.Generator().manual_seed(2))
+    oracle = f0(pack_vocoder(exact), mel.double())
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        found = f0(gpu, mel.cuda())
+    assert relative(found.double().cpu(), oracle) < 1e-5
+
+
+def test_a_report_tells_where_the_vocoder_is(s3gen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3Gen's own device is its tokenizer's."""
+    monkeypatch.setattr(type(s3gen), "device", torch.device("meta"))
+    row = next(row for row in Engine(s3gen).rows() if row.site == "s3gen.vocoder")
+    assert row.backend == "cpu, eager"
+
+
 def test_the_cached_source_is_used(s3gen: Any) -> None:
     mel2wav, mel = s3gen.mel2wav, torch.randn(1, 80, 10)
     cache = 0.2 * torch.randn(1, 1, 700)
@@ -94,7 +133,7 @@ def test_a_mel_without_frames_or_of_another_kind(s3gen: Any) -> None:
 
 
 def test_extreme_mels_stay_finite(s3gen: Any) -> None:
-    for scale in (0.0, 1e2, 1e4):
+    for scale in (0.0, 1e2, 1e5):
         mel = scale * torch.randn(1, 80, 6)
         with Engine(s3gen):
             found = sound(s3gen.mel2wav, mel)

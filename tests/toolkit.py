@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,12 +98,37 @@ def interpreting_triton() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
+class _Copies(TorchFunctionMode):
+    """Counts the methods that read values on the host and dispatch nothing where they are there."""
+
+    reading = (Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.__array__)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        self.count += func in self.reading
+        return func(*args, **(kwargs or {}))
+
+
 class Dispatched(TorchDispatchMode):
     """Counts the ops that reach a device; views do not."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ops: Counter[str] = Counter()
+        self._copies = _Copies()
+
+    def __enter__(self) -> Dispatched:
+        self._copies.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._copies.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
@@ -111,9 +137,13 @@ class Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def looks(self) -> int:
-        """How often a value was read on the host."""
+        """How often a value was read on the host, by an op or by a copy.
+
+        What is moved to "the model's device" is not seen where that is the host.
+        """
         reading = ("aten::_local_scalar", "aten::item", "aten::nonzero")
-        return sum(count for op, count in self.ops.items() if op.startswith(reading))
+        by_ops = sum(count for op, count in self.ops.items() if op.startswith(reading))
+        return by_ops + self._copies.count
 
 
 def ulp(value: Tensor, dtype: torch.dtype) -> float:

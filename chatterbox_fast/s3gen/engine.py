@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import selftest
-from ..compiling import compiled
+from ..compiling import Compiled
 from ..dispatch import Choice, requested_backend
 from ..graph import CaptureError, capture, graphs_wanted, settle, why_no_graph
 from ..modules import Fingerprint, fingerprint
@@ -27,8 +27,9 @@ from .vocoder import decode, pack_vocoder
 
 TABLES = 4
 """Numbers of Euler steps whose tables are kept."""
-BUCKETS = 8
-"""Captured sizes that are kept; what they compute on the way they share."""
+BUCKETS = 24
+"""Captured sizes that are kept, as many as there are for one number of steps: 2 to 20 s of audio
+after a prompt of 10 s are nine already. What they compute on the way they share."""
 
 
 class FlowEngine:
@@ -58,10 +59,11 @@ class FlowEngine:
             self.solver = without_onednn(self.solver)
         self.blocks = compiled_blocks() if options.compile else EAGER
         self.eager_because = why_no_graph(self.device)
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._pool = self._new_pool()
         self._decoder = flow.decoder
         self._tables: Recent[int, TimeTable] = Recent(TABLES)
         self._buckets: Recent[tuple[int, int], Bucket] = Recent(BUCKETS)
+        self._too_large: set[tuple[int, int]] = set()
         self._turn = Lock()
         self._done: torch.cuda.Event | None = None
         settle(self.device)
@@ -92,10 +94,9 @@ class FlowEngine:
         size = bucket_for(tokens.shape[1]) if len(tokens) == 1 else None
         if self.eager_because is None and size is not None:
             try:
-                return self._captured(size, n_timesteps, tokens, speaker, prompt, noise)
-            except torch.OutOfMemoryError:
-                self._buckets.clear()
-                torch.cuda.empty_cache()
+                mel = self._captured((size, n_timesteps), tokens, speaker, prompt, noise)
+                if mel is not None:
+                    return mel
             except CaptureError as failure:
                 self.eager_because = str(failure)
         frames = noise.shape[1]
@@ -110,27 +111,55 @@ class FlowEngine:
         given = condition(self.solver, mu, speaker, prompt)
         return solve(self.solver, self.table(n_timesteps), given, noise, None, self.blocks)
 
-    def _captured(self, size: int, n_timesteps: int, *inputs: Tensor) -> Tensor:
-        """The mel by a graph. One at a time: they share the memory of what they compute."""
+    def _captured(self, key: tuple[int, int], *inputs: Tensor) -> Tensor | None:
+        """The mel by a graph; None where there is no room for one of that size and steps.
 
-        def make() -> Bucket:
-            settle(self.device)  # what is forgotten in its favour may still run
-            flow = Flow(self.encoder, self.solver, self.table(n_timesteps), self.blocks)
-            return Bucket(flow, size, lambda step: capture(step, self.device, self._pool))
-
+        One at a time: they share the memory of what they compute.
+        """
         with self._turn:
+            if key in self._too_large:
+                return None
             if self._done is not None:
-                self._done.wait()
-            mel = self._buckets.get((size, n_timesteps), make).mel(*inputs)
+                torch.cuda.current_stream(self.device).wait_event(self._done)
+            if (bucket := self._bucket(key)) is None:
+                return None
+            mel = bucket.mel(*inputs)
             if mel.is_cuda:
                 self._done = torch.cuda.current_stream(self.device).record_event()
         return mel
+
+    def _bucket(self, key: tuple[int, int]) -> Bucket | None:
+        """A bucket, if need be in place of all others; None where even that is not enough."""
+
+        def make() -> Bucket:
+            settle(self.device)  # what is forgotten in its favour may still run
+            size, n_timesteps = key
+            flow = Flow(self.encoder, self.solver, self.table(n_timesteps), self.blocks)
+            return Bucket(flow, size, lambda step: capture(step, self.device, self._pool))
+
+        while True:
+            try:
+                return self._buckets.get(key, make)
+            except torch.OutOfMemoryError:
+                alone = len(self._buckets) == 0
+            # Not before the exception is gone, which keeps the half-made bucket alive.
+            self._buckets.clear()
+            self._pool = self._new_pool()  # torch takes none again whose graphs are all gone
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if alone:
+                self._too_large.add(key)
+                return None
+
+    def _new_pool(self) -> tuple[int, int] | None:
+        return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
 
 class VocoderEngine:
     """The vocoder of one S3Gen, mel to audio. Immutable; threads share it.
 
     Attributes:
+        device: of its weights.
         precision, why: what the matrices are stored in, and why.
         snake, istft: what runs the ops of those names, and why.
         weights: the weights.
@@ -140,18 +169,19 @@ class VocoderEngine:
 
     def __init__(self, mel2wav: Any, options: Options) -> None:
         weight = mel2wav.conv_pre.weight
-        self.precision, dtype, self.why = choose_float(options, weight.device, weight.dtype)
+        self.device: torch.device = weight.device
+        self.precision, dtype, self.why = choose_float(options, self.device, weight.dtype)
         narrow = None if dtype == weight.dtype else dtype
-        self.snake = selftest.choose("snake", weight.device, options.backend, dtype)
+        self.snake = selftest.choose("snake", self.device, options.backend, dtype)
         if options.compile:
             self.snake = Choice("reference", "torch.compile fuses it with what is around it")
         # The spectrum is float32 whatever the precision.
-        self.istft = selftest.choose("istft", weight.device, options.backend, weight.dtype)
+        self.istft = selftest.choose("istft", self.device, options.backend, weight.dtype)
         self.weights = pack_vocoder(
             mel2wav, narrow, snake=self.snake.backend, istft=self.istft.backend
         )
-        self.decode = compiled(decode) if options.compile else decode
-        settle(weight.device)
+        self.decode = Compiled(decode) if options.compile else decode
+        settle(self.device)
 
 
 Engine = TypeVar("Engine")

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compiling import compiled
+from ..compiling import Compiled
 from .layers import (
     Linear,
     Norm,
@@ -106,7 +106,7 @@ EAGER = Blocks(transformer, resnet)
 
 def compiled_blocks() -> Blocks:
     """Both functions under torch.compile: one graph for all blocks of a shape."""
-    return Blocks(compiled(transformer), compiled(resnet))
+    return Blocks(Compiled(transformer), Compiled(resnet))
 
 
 class FlowWeights(NamedTuple):

@@ -2,7 +2,8 @@
 
 Sequences are ``(B, T, C)``, channels last, so that no layer transposes what the next one reads.
 A layer whose matrix is in half precision takes its input to that, and its output is in that too;
-norms and what residuals are added to stay in float32 (or whatever the model's own dtype is).
+norms and what residuals are added to stay in float32 (or whatever the model's own dtype is). In
+float16 nothing becomes infinite.
 """
 
 from __future__ import annotations
@@ -15,6 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+
+LARGEST = torch.finfo(torch.float16).max
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`; from a wider one to float16 as `saturated` says."""
+    if dtype == torch.float16 != x.dtype:
+        x = x.clamp(-LARGEST, LARGEST)
+    return x.to(dtype)
+
+
+def saturated(x: Tensor) -> Tensor:
+    """`x`, where in float16 infinity is made the largest number, in place; NaN stays.
+
+    Nothing bounds a mel, and so nothing bounds what is between norms. Float32 and bfloat16 hold it;
+    an infinity would be NaN after the next norm, sum or sine.
+    """
+    return x.clamp_(-LARGEST, LARGEST) if x.dtype == torch.float16 else x
 
 
 class Linear(NamedTuple):
@@ -33,7 +52,7 @@ class Linear(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias`` over the last dimension."""
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return F.linear(narrowed(x, self.weight.dtype), self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU (the exact one, by erf) of the output."""
@@ -53,7 +72,7 @@ class Linear(NamedTuple):
             return torch.ops.mkldnn._linear_pointwise.binary(
                 x, residual, self.weight, self.bias, "add"
             )
-        return residual + self(x)
+        return residual + saturated(self(x))
 
 
 class Norm(NamedTuple):
@@ -89,10 +108,21 @@ class SequenceConv(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """``(B, T', N)``."""
         out = F.conv2d(
-            _image(x.to(self.weight.dtype)), self.weight, self.bias,
+            _image(narrowed(x, self.weight.dtype)), self.weight, self.bias,
             (1, self.stride), (0, self.padding), (1, self.dilation),
         )  # fmt: skip
-        return _sequence(out)
+        return _sequence(saturated(out))
+
+    def as_product(self, x: Tensor) -> Tensor:
+        """The same as a matrix product; for a stride and a dilation of 1.
+
+        On a GPU torch rounds a convolution of float32 to TF32 unless it is told otherwise, a
+        product only if it is told to.
+        """
+        padded = F.pad(x.to(self.weight.dtype), (0, 0, self.padding, self.padding))
+        windows = padded.unfold(1, self.weight.shape[-1], 1).transpose(2, 3).flatten(2)
+        weight = self.weight.squeeze(2).transpose(1, 2).flatten(1)
+        return F.linear(windows.contiguous(), weight, self.bias)
 
 
 class SequenceConvTranspose(NamedTuple):
@@ -106,10 +136,10 @@ class SequenceConvTranspose(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """``(B, stride T + K - stride - 2 padding, N)``."""
         out = F.conv_transpose2d(
-            _image(x.to(self.weight.dtype)), self.weight, self.bias,
+            _image(narrowed(x, self.weight.dtype)), self.weight, self.bias,
             (1, self.stride), (0, self.padding),
         )  # fmt: skip
-        return _sequence(out)
+        return _sequence(saturated(out))
 
 
 def _image(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..graph import drawing
 from .engine import FlowEngine, VocoderEngine
 from .vocoder import Draws, VocoderWeights, f0, source
 
@@ -82,26 +83,65 @@ def flow_inference(
     Args:
         finalize: False cuts the frames whose tokens have not been followed by the lookahead yet.
         n_timesteps: Euler steps.
-        noised_mels: ``(B, 80, M')``, takes the place of the last M' frames of noise (meanflow).
+        noised_mels: ``(B, 80, M')``, takes the place of the last M' frames of noise (meanflow), of
+            those before finalize=False cuts them: stock gives as many as the speech has, so that
+            they begin where the prompt ends.
         generator: what the noise is drawn from; None is torch's global generator.
     """
-    rows, frames = len(utterance.tokens), flow.token_mel_ratio * utterance.tokens.shape[1]
-    if finalize is False:
-        frames -= flow.token_mel_ratio * flow.pre_lookahead_len
+    rows, whole = len(utterance.tokens), flow.token_mel_ratio * utterance.tokens.shape[1]
     prompt, bands = utterance.prompt, flow.output_size
-    if (known := prompt.shape[1]) > frames:
-        raise ValueError(
-            f"chatterbox_fast: prompt_feat must have at most the {frames} frames of all tokens' "
-            f"mel, got {known}"
-        )
+    frames = check_frames(flow, whole, prompt.shape[1], finalize)
     speaker = flow.spk_embed_affine_layer(F.normalize(utterance.speaker, dim=1))
     # Stock's draw, in stock's order of dimensions.
-    noise = speaker.new_empty(rows, bands, frames).normal_(generator=generator)
+    with drawing(speaker.device, generator):
+        noise = speaker.new_empty(rows, bands, frames).normal_(generator=generator)
     if noised_mels is not None:
-        noise[..., frames - noised_mels.shape[2] :] = noised_mels
+        first = check_noised_mels(noised_mels, whole)
+        noise[..., first:] = noised_mels[..., : max(frames - first, 0)]
     noise = noise.transpose(1, 2).contiguous()
     mel = engine.mel(utterance.tokens, speaker, prompt.to(noise.dtype), noise, n_timesteps)
-    return mel[:, known:].transpose(1, 2)
+    return mel[:, prompt.shape[1] :].transpose(1, 2)
+
+
+def check_frames(flow: Any, whole: int, known: int, finalize: bool) -> int:
+    """The frames of an utterance's mel, of which the voice's prompt has `known`.
+
+    Args:
+        whole: those of all tokens; finalize=False cuts them.
+
+    Raises:
+        ValueError: a prompt longer than that; with finalize=False, nothing beyond the prompt.
+    """
+    if known > whole:
+        raise ValueError(
+            f"chatterbox_fast: prompt_feat must have at most the {whole} frames of all tokens' "
+            f"mel, got {known}"
+        )
+    if finalize is not False:
+        return whole
+    held_back = flow.token_mel_ratio * flow.pre_lookahead_len
+    if whole - held_back <= known:
+        tokens = (whole - known) // flow.token_mel_ratio
+        raise ValueError(
+            f"chatterbox_fast: with finalize=False, which holds the last {flow.pre_lookahead_len} "
+            f"tokens back, token must have more than {flow.pre_lookahead_len} tokens beyond "
+            f"prompt_feat's {known} frames, got {tokens}"
+        )
+    return whole - held_back
+
+
+def check_noised_mels(noised_mels: Tensor, whole: int) -> int:
+    """The frame that noised_mels begins at.
+
+    Raises:
+        ValueError: longer than the mel.
+    """
+    if (given := noised_mels.shape[2]) > whole:
+        raise ValueError(
+            f"chatterbox_fast: noised_mels must have at most the {whole} frames of all tokens' "
+            f"mel, got {given}"
+        )
+    return whole - given
 
 
 def read_mel(engine: VocoderEngine, arguments: dict[str, Any]) -> Tensor | None:
@@ -157,7 +197,8 @@ def draw_source(
     phase = torch.rand(rows, harmonics, 1, generator=cpu_generator, device="cpu")
     phase = phase.mul_(2 * math.pi).sub_(math.pi)
     phase[:, 0] = 0
-    noise = mel.new_empty(rows, harmonics, samples).normal_(generator=generator)
-    mel.new_empty(rows, samples, 1).normal_(generator=generator)
+    with drawing(mel.device, generator):
+        noise = mel.new_empty(rows, harmonics, samples).normal_(generator=generator)
+        mel.new_empty(rows, samples, 1).normal_(generator=generator)
     # Few bytes, which the driver takes over before the call returns: no wait for the device.
     return Draws(phase.to(mel.device, mel.dtype, non_blocking=True), noise)

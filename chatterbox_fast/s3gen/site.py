@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compiling import why_not_compiled
 from ..options import Options
 from ..request import current_request
 from ..rng import drawing_by_name
@@ -28,8 +29,9 @@ def flow_site(s3gen: Any, options: Options) -> Site:
     def describe() -> list[Row]:
         if isinstance(engine := engines.of(s3gen.flow), str):
             return [Row("s3gen.flow", "stock", "torch", engine)]
-        how = how_it_runs(options, engine.eager_because)
-        why = (engine.why, engine.eager_because)
+        not_compiled = why_not_compiled(engine.blocks)
+        how = how_it_runs(options.compile and not_compiled is None, engine.eager_because)
+        why = (engine.why, not_compiled, engine.eager_because)
         weights = (engine.encoder, engine.solver)
         return [
             engine_row("s3gen.flow", engine.precision, engine.device, how, why),
@@ -48,15 +50,57 @@ def vocoder_site(s3gen: Any, options: Options) -> Site:
     def describe() -> list[Row]:
         if isinstance(engine := engines.of(s3gen.mel2wav), str):
             return [Row("s3gen.vocoder", "stock", "torch", engine)]
-        how = ["compiled"] if options.compile else []
+        not_compiled = why_not_compiled([engine.decode])
+        how = ["compiled"] if options.compile and not_compiled is None else []
+        why = (engine.why, not_compiled)
         return [
-            engine_row("s3gen.vocoder", engine.precision, s3gen.device, how, (engine.why,)),
+            engine_row("s3gen.vocoder", engine.precision, engine.device, how, why),
             describe_memory(s3gen.mel2wav, engine.weights),
             Row("  snake", "op", *engine.snake),
             Row("  istft", "op", *engine.istft),
         ]
 
     return Site("s3gen.vocoder", s3gen.mel2wav, "inference", make, describe)
+
+
+def lengths_site(s3gen: Any, _options: Options) -> Site:
+    """S3Gen's count of its tokens, around the flow.
+
+    Stock makes it on the host, and waits for all that runs to copy it to the device.
+    """
+    row = Row(
+        "s3gen.flow_inference", "stock, one wait less", "-", "its token count is on the device"
+    )
+    return Site(
+        "s3gen.flow_inference",
+        s3gen,
+        "flow_inference",
+        make_flow_inference,
+        lambda: [row],
+        unfit=why_without_lengths,
+    )
+
+
+def why_without_lengths(stock: Callable[..., Any]) -> str | None:
+    """The reason why stock's flow_inference cannot be given its token count, or None."""
+    missing = {"speech_tokens", "speech_token_lens"} - set(inspect.signature(stock).parameters)
+    return f"flow_inference() takes no {', '.join(sorted(missing))}" if missing else None
+
+
+def make_flow_inference(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Stock's flow_inference, given the token count that it would make itself."""
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def flow_inference(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
+        tokens = given.arguments["speech_tokens"]
+        if given.arguments.get("speech_token_lens") is None and torch.is_tensor(tokens):
+            rows, count = torch.atleast_2d(tokens).shape
+            given.arguments["speech_token_lens"] = torch.full((rows,), count, device=self.device)
+        return stock(*given.args, **given.kwargs)
+
+    return flow_inference
 
 
 def describe_memory(module: nn.Module, weights: tuple[Any, ...]) -> Row:
@@ -73,12 +117,12 @@ def make_inference(
     stock: Callable[..., Any],
     *,
     engines: Engines[Engine],
-    serve: Callable[[Any, Engine, dict[str, Any]], Any],
+    serve: Callable[[Engine, dict[str, Any]], Any],
 ) -> Callable[..., Any]:
     """One of S3Gen's stages: the engine where it computes the same as stock, else stock.
 
     Args:
-        serve: (module, engine, arguments by name) -> what stock returns; None where stock must run.
+        serve: (engine, stock's arguments by name) -> what stock returns; None where stock must run.
     """
     signature = inspect.signature(stock)
 
@@ -88,15 +132,16 @@ def make_inference(
         if not isinstance(engine := engines.of(self), str):
             given = signature.bind(self, *args, **kwargs)
             given.apply_defaults()
-            if (served := serve(self, engine, given.arguments)) is not None:
+            if (served := serve(engine, given.arguments)) is not None:
                 return served
         return stock(self, *args, **kwargs)
 
     return inference
 
 
-def serve_flow(flow: Any, engine: FlowEngine, arguments: dict[str, Any]) -> Any:
+def serve_flow(engine: FlowEngine, arguments: dict[str, Any]) -> Any:
     """Tokens to mel, as `make_inference` asks for it."""
+    flow = arguments["self"]
     utterance = runner.read_utterance(flow, engine, arguments)
     if utterance is None:
         return None
@@ -113,9 +158,8 @@ def serve_flow(flow: Any, engine: FlowEngine, arguments: dict[str, Any]) -> Any:
     return mel, None
 
 
-def serve_vocoder(mel2wav: Any, engine: VocoderEngine, arguments: dict[str, Any]) -> Any:
+def serve_vocoder(engine: VocoderEngine, arguments: dict[str, Any]) -> Any:
     """Mel to audio, as `make_inference` asks for it."""
-    del mel2wav  # its weights are the engine's
     mel = runner.read_mel(engine, arguments)
     if mel is None:
         return None

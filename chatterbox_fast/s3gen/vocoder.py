@@ -22,6 +22,7 @@ from .layers import (
     SequenceConvTranspose,
     in_dtype,
     linear,
+    saturated,
     sequence_conv,
     sequence_conv_transpose,
 )
@@ -50,7 +51,7 @@ class ResBlock(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """``(B, T, C)``, as x, which is not changed."""
         for snake1, conv1, snake2, conv2 in self.layers:
-            x = conv2(snake2(conv1(snake1(x)))).add_(x)
+            x = saturated(conv2(snake2(conv1(snake1(x)))).add_(x))
         return x
 
 
@@ -195,9 +196,13 @@ def _analysis(window: Tensor) -> Tensor:
 
 
 def f0(weights: VocoderWeights, mel: Tensor) -> Tensor:
-    """F0 in Hz, ``(B, T)``, of mel ``(B, T, 80)``."""
+    """F0 in Hz, ``(B, T)``, of mel ``(B, T, 80)``; in float32 on a GPU too.
+
+    Its errors add up in the phase, for seconds. Those of the other convolutions do not: as stock's,
+    they follow torch's own flags.
+    """
     for conv in weights.f0_convs:
-        mel = F.elu(conv(mel), inplace=True)
+        mel = F.elu(conv.as_product(mel) if mel.is_cuda else conv(mel), inplace=True)
     return weights.f0_head(mel).squeeze(-1).abs()
 
 
@@ -228,11 +233,11 @@ def decode(weights: VocoderWeights, mel: Tensor, excitation: Tensor) -> Tensor:
         x = stage.up(F.leaky_relu(x, weights.slope))
         if stage is weights.stages[-1]:
             x = torch.cat([x[:, 1:2], x], dim=1)  # one reflected sample: as long as the spectrum
-        x = x.add_(stage.source_block(stage.source_down(spectrum)))
+        x = saturated(x.add_(stage.source_block(stage.source_down(spectrum))))
         first, *rest = stage.blocks
         total = first(x)
         for block in rest:
-            total = total.add_(block(x))
+            total = saturated(total.add_(block(x)))
         x = total.div_(len(stage.blocks))
     spectrum = weights.conv_post(F.leaky_relu(x)).contiguous()
     return ops.istft_by(weights.istft)(spectrum, weights.window, weights.limit)

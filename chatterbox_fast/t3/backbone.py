@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, reference
-from ..compiling import compiled
+from ..compiling import Compiled
 from .projection import project
 from .weights import LayerWeights, T3Weights
 
@@ -108,4 +108,4 @@ def compiled_layers() -> Layers:
 
     Each engine has its own.
     """
-    return Layers(compiled(decode_layer), compiled(prefill_layer))
+    return Layers(Compiled(decode_layer), Compiled(prefill_layer))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
+from ..compiling import why_not_compiled
 from ..options import Options
 from ..overrides import REDUCE, Change, Override, bound, reduce_as_stock
 from ..request import current_request
@@ -66,8 +67,9 @@ def describe_t3(t3: Any, engines: Engines) -> list[Row]:
     if (reason := why_unsupported(t3)) is not None:
         return [Row("t3.inference", "stock", "torch", reason)]
     engine = engines.of(t3)
-    why = (engine.precise.why, engine.eager_because)
-    how = how_it_runs(engine.options, engine.eager_because)
+    not_compiled = why_not_compiled(engine.layers)
+    how = how_it_runs(engine.options.compile and not_compiled is None, engine.eager_because)
+    why = (engine.precise.why, not_compiled, engine.eager_because)
     return [
         engine_row("t3.inference", engine.precise.precision, t3.device, how, why),
         describe_memory(t3, engine),
