@@ -378,7 +378,7 @@ def test_a_backbone_that_was_replaced_is_left_alone(english: Any) -> None:
     backbone.forward = mine
     try:
         with patched(english):
-            assert "forward of a LlamaModel is replaced" in row(english, "t3.inference").why
+            assert "a LlamaModel has a forward of its own" in row(english, "t3.inference").why
             assert backbone.forward is mine
             english.generate(TEXT, seed=1)
             assert called
