@@ -167,7 +167,7 @@ def test_a_t3_that_came_after_patch_is_reported(english: Any) -> None:
     with patched(english):
         english.t3 = random_t3("english", "tiny", seed=9, stop_after=12)
         assert row(english, "t3.inference") == (
-            "t3.inference", "stock", "torch", "came after patch(); patch again"
+            "t3.inference", "stock", "torch", "came after patch(); unpatch, then patch"
         )  # fmt: skip
         expected = stock_after_seed(english, 6)
         state = torch.get_rng_state()
