@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", default="full")
     parser.add_argument("--seconds", type=float, nargs="+", default=[5, 10, 15])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     return parser

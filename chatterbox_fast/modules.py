@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
-from types import MethodType
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from operator import attrgetter, itemgetter
+from types import FunctionType, MethodType
+from typing import Any
+from weakref import WeakKeyDictionary, ref
 
-from torch import nn
+from torch import Tensor, nn
 
 from .overrides import is_ours
+
+_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+)
+"""torch's tables of hooks on all modules of a process."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_TABLES = ("_parameters", "_buffers", "_modules", *_HOOKS)
+"""What a module keeps in dictionaries of its own, where it matters to what it computes."""
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {*_TABLES, "training"}
+"""What else every module has: hooks on gradients and on state_dict(), and the like."""
+_CALLS = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
+"""The methods of nn.Module itself that a call of a module goes through."""
+_WRAPPERS = ("torch", "transformers", "diffusers", "chatterbox", "contextlib")
+"""Packages that decorate their own and each other's methods, and leave what those compute."""
 
 
 def is_exactly(thing: Any, name: str, package: str) -> bool:
@@ -26,7 +43,7 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
     """Changes when a parameter is replaced, moved, converted or written to.
 
     Writing through ``parameter.data`` goes unnoticed, as it does for autograd, and so does writing
-    into a parameter that was made in inference mode.
+    into a parameter that was made in inference mode, of which torch keeps no count.
     """
     return tuple(
         (p.data_ptr(), p.device, p.dtype, 0 if p.is_inference() else p._version)
@@ -34,71 +51,192 @@ def signature(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
-class Fingerprint(NamedTuple):
+class Fingerprint:
     """What a module and its parts are made of, to see whether that has changed.
 
-    Attributes:
-        things: every attribute, parameter, buffer and submodule. Kept, so that none of them can
-            make room for another one at its address.
-        numbers: where parameters and buffers lie, how often they were written to; the hooks' keys.
+    It is compared at every call, and a flow has a thousand modules: so it keeps the dictionaries
+    that all is in, which C loops read, and leaves alone those that do not matter. It does not keep
+    the module itself alive, but all that it is made of, so that nothing can make room for another
+    thing at its address.
     """
 
-    things: list[Any]
-    numbers: list[Any]
+    def __init__(self, root: nn.Module) -> None:
+        modules = list(root.modules())
+        inner = list(_inner_dictionaries(modules))
+        self._empty = [each for each in inner if not each]
+        self._filled = [each for each in inner if each]
+        self._outer = [vars(module) for module in modules[1:]]
+        self._readers = [(itemgetter(*names), own) for names, own in _alike(self._outer).items()]
+        kinds = {type(module): None for module in modules}
+        self._methods = [(attrgetter(*sorted(_methods_of(kind))), kind) for kind in kinds]
+        contents = (each.values() for each in (*self._outer, vars(root), *self._filled))
+        tensors = {id(each): each for each in chain(*contents) if isinstance(each, Tensor)}
+        self._tensors = list(tensors.values())
+        # An inference tensor has no version: nobody can see that it is written to.
+        self._versioned = [each for each in self._tensors if not each.is_inference()]
+        self._storages = [each.untyped_storage() for each in self._tensors]
+        self._contents = [dict(each) for each in self._filled]
+        self._seen = self._look(root)
+
+    def _look(self, root: nn.Module) -> tuple[Any, ...]:
+        """Attributes, methods of classes; how often tensors were written to, where and what."""
+        own = vars(root).items()
+        return (
+            {name: _without_root(each) for name, each in own if not is_ours(each)},
+            # Flat: tuples by the thousand would set the garbage collector going.
+            [list(chain.from_iterable(map(read, alike))) for read, alike in self._readers],
+            list(map(len, self._outer)),
+            list(chain.from_iterable(read(kind) for read, kind in self._methods)),
+            list(map(attrgetter("_version"), self._versioned)),
+            list(map(Tensor.data_ptr, self._tensors)),
+        )
+
+    def is_still(self, root: nn.Module) -> bool:
+        """Whether nothing of `root` was set, moved, written to, hooked or exchanged since.
+
+        What changes inside of an attribute does not show, but for tensors and for the values of
+        dictionaries; for the rest see `signature`.
+        """
+        try:
+            now = self._filled, self._look(root)
+        except (AttributeError, KeyError):  # something has lost an attribute
+            return False
+        return not any(self._empty) and _equal(now, (self._contents, self._seen))
 
     def same(self, other: Fingerprint) -> bool:
-        """Whether nothing was set, moved, written to, hooked or exchanged in between.
+        """Whether both were taken of the same state of the same module."""
+        mine, others = (self._contents, self._seen), (other._contents, other._seen)
+        return self is other or _equal(mine, others)
 
-        What changes inside of an attribute does not show; for the rest see `signature`.
-        """
-        return (
-            len(self.things) == len(other.things)
-            and all(map(operator.is_, self.things, other.things))
-            and self.numbers == other.numbers
-        )
+
+def _equal(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
+    """By ==, for which every object equals itself without being asked.
+
+    That is several times as fast as `is` for each of them. It is asked where it was exchanged, and
+    a tensor or an array cannot say.
+    """
+    try:
+        return now == before
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
+def _alike(dictionaries: list[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    """Modules' dictionaries by the attributes they have, torch's bookkeeping left out."""
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for own in dictionaries:
+        found.setdefault(tuple(n for n in own if n not in _BOOKKEEPING), []).append(own)
+    return found
+
+
+_latest: WeakKeyDictionary[nn.Module, ref[Fingerprint]] = WeakKeyDictionary()
+"""The last fingerprint of each module, as long as somebody keeps it."""
 
 
 def fingerprint(root: nn.Module) -> Fingerprint:
-    """The fingerprint of a module as it is; what replaces its own methods is left out.
+    """The fingerprint of a module as it is: the last one again where nothing has changed.
 
-    Some twenty attributes of a thousand modules, at every call: hence no function calls.
+    What replaces its own methods for us is left out.
     """
-    things: list[Any] = [v for v in vars(root).values() if not isinstance(v, MethodType)]
-    numbers: list[Any] = []
-    tensors: list[Any] = []
-    modules: list[Any] = [root]
-    for module in modules:  # which grows meanwhile
-        own = module.__dict__
-        if module is not root:
-            things.extend(own.values())
-        if own["_parameters"]:
-            tensors.extend(own["_parameters"].values())
-        if own["_buffers"]:
-            tensors.extend(own["_buffers"].values())
-        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            numbers.append((*own["_forward_hooks"], *own["_forward_pre_hooks"]))
-        if own["_modules"]:
-            modules.extend(m for m in own["_modules"].values() if m is not None)
-    for tensor in tensors:
-        if tensor is not None:
-            version = 0 if tensor.is_inference() else tensor._version
-            numbers.append((tensor.data_ptr(), tensor.dtype, tensor.device, version))
-    things += modules[1:]
-    things += tensors
-    return Fingerprint(things, numbers)
+    kept = _latest.get(root)
+    known = None if kept is None else kept()
+    if known is not None and known.is_still(root):
+        return known
+    taken = Fingerprint(root)
+    _latest[root] = ref(taken)
+    return taken
+
+
+def _inner_dictionaries(modules: list[nn.Module]) -> Iterator[dict[Any, Any]]:
+    """torch's tables, a module's own, and its attributes that are dictionaries."""
+    yield from _GLOBAL_HOOKS
+    for module in modules:
+        for name, value in vars(module).items():
+            if isinstance(value, dict) and name not in _BOOKKEEPING:
+                yield value
+
+
+def _without_root(value: Any) -> Any:
+    """A method of the root's without the root, which it would keep alive."""
+    return value.__func__ if isinstance(value, MethodType) else value
+
+
+def _methods_of(kind: type) -> set[str]:
+    """The names of the methods of a module's class that may have to do with what it computes.
+
+    Not of nn.Module, but for a few, nor of what transformers' models inherit: how they are loaded.
+    """
+    names = set(_CALLS)
+    for base in kind.__mro__:
+        if base is nn.Module:
+            return names
+        if not base.__module__.startswith("transformers.") or ".models." in base.__module__:
+            names.update(n for n, each in vars(base).items() if isinstance(each, FunctionType))
+    return names
 
 
 def why_not_called(roots: Iterable[nn.Module]) -> str | None:
-    """Hooks, and forwards that somebody put on an instance, which an engine would not call."""
+    """Hooks, and methods that somebody put into modules, which an engine would not call."""
+    if (reason := why_hooked_globally()) is not None:
+        return reason
+    known: dict[type, Methods] = {}
     for root in roots:
         for module in root.modules():
-            kind = type(module).__qualname__
-            if "forward" in vars(module) and not is_ours(vars(module)["forward"]):
-                return f"the forward of a {kind} is replaced and would not be called"
-            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            if any(not _belongs_to_transformers(hook) for hook in hooks):
-                return f"a forward hook on a {kind} would not be called"
+            kind = type(module)
+            methods = known.get(kind) or known.setdefault(kind, Methods(kind))
+            if (reason := methods.why_replaced(module) or why_hooked(module)) is not None:
+                return f"a {kind.__qualname__} {reason}"
     return None
+
+
+class Methods:
+    """The methods of a class of modules, but for those that an engine does call."""
+
+    def __init__(self, kind: type, called: frozenset[str] = frozenset()) -> None:
+        self._names = _methods_of(kind) - called
+        foreign = (name for name in sorted(self._names) if _foreign(kind, name))
+        self._foreign = next(foreign, None)
+
+    def why_replaced(self, module: nn.Module) -> str | None:
+        """The method that is not stock's, of the class or of a module of it; None where all are."""
+        own = vars(module)
+        for name in own.keys() & self._names:
+            if not is_ours(own[name]):
+                return f"has a {name} of its own, which would not be called"
+        if self._foreign is not None:
+            return f"has a {self._foreign} that was put into its class and would not be called"
+        return None
+
+
+def why_hooked_globally() -> str | None:
+    """Whether somebody's hook waits for any module of the process to be called."""
+    return "a forward hook on all modules would not be called" if any(_GLOBAL_HOOKS) else None
+
+
+def why_hooked(module: nn.Module) -> str | None:
+    """Whether somebody's hook waits for a module to be called."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if any(not _belongs_to_transformers(hook) for hook in hooks):
+        return "has a forward hook, which would not be called"
+    return None
+
+
+def _foreign(kind: type, name: str) -> bool:
+    """Whether a method was put into the class by somebody else, or around its own."""
+    base = next(base for base in kind.__mro__ if name in vars(base))
+    function, packages = vars(base)[name], set()
+    while function is not None:
+        packages.add(_package(function))
+        function = getattr(function, "__wrapped__", None)
+    own = base.__module__.partition(".")[0]
+    if name in _CALLS and own not in packages:
+        return True
+    return not packages <= {own, *_WRAPPERS}
+
+
+def _package(function: Any) -> str:
+    """Of a function's source: functools.wraps copies a name, not the globals."""
+    return str(getattr(function, "__globals__", {}).get("__name__", "")).partition(".")[0]
 
 
 def _belongs_to_transformers(hook: Any) -> bool:

@@ -155,7 +155,7 @@ def _row_by_row(
             generator=generator, stop_action=action, **rules,
         )  # fmt: skip
         tokens.append(token)
-    return torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.long)
+    return torch.cat(tokens) if tokens else seen.new_empty(0, dtype=torch.long)
 
 
 def skinny_linear(

@@ -60,7 +60,8 @@ def patch(model: Model, **options: Any) -> Model:
         request draws from generators of its own and gives what stock gives after
         ``torch.manual_seed(seed)``; without one it draws from torch's global generators.
 
-    Patching again with the same options does nothing; with other options it replaces the patch.
+    Patching again with the same options does nothing (`unpatch` first to have everything packed
+    anew); with other options it replaces the patch.
 
     Raises:
         TypeError: not a Chatterbox object, or an unknown option.
@@ -151,7 +152,7 @@ def report(model: Any) -> Report:
         elif (reason := site.why_not()) is not None:
             rows.append(Row(site.name, "stock", "-", reason))
         else:
-            rows.append(Row(site.name, "stock", "torch", "came after patch(); patch again"))
+            rows.append(Row(site.name, "stock", "torch", "came after patch(); unpatch, then patch"))
     return Report([*rows, *describe_rest(model, record.options)])
 
 

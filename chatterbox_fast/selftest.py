@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ Case = tuple[str, Tensor, Tensor]
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 """Of values around 1 in float32: ten times what a kernel may be off, and far less than a wrong one
 is. What comes out in half precision may be off by two units of its last place."""
+
+_FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+_INT: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
+_LONG: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+"""Said of each tensor of a case: torch's defaults are the user's to set."""
 
 
 def choose(op: str, device: torch.device, option: Backend, dtype: torch.dtype) -> Choice:
@@ -72,7 +78,7 @@ def why_failed(op: str, backend: str, device: torch.device) -> str | None:
 def _random(seed: int) -> Callable[..., Tensor]:
     """(shape) -> normal numbers: the same on every machine, whatever torch's defaults are."""
     source = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(shape, generator=source, dtype=torch.float32, device="cpu")
+    return lambda *shape: torch.randn(shape, generator=source, **_FLOAT)
 
 
 def _skinny_linear(backend: str, device: torch.device) -> Iterator[Case]:
@@ -80,7 +86,7 @@ def _skinny_linear(backend: str, device: torch.device) -> Iterator[Case]:
     kernel, inputs, outputs, normal = ops.skinny_linear_by(backend), 2100, 10, _random(0)
     x, norm, residual = normal(2, inputs), normal(inputs), normal(2, outputs // 2)
     weight = normal(outputs, inputs) / inputs**0.5
-    scale = torch.linspace(1, 2, outputs, dtype=torch.float32) / 1000
+    scale = torch.linspace(1, 2, outputs, **_FLOAT) / 1000
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
         narrow = dtype == torch.int8
         stored = (weight * 1000).clamp(-127, 127).round().to(dtype) if narrow else weight.to(dtype)
@@ -94,11 +100,11 @@ def _skinny_linear(backend: str, device: torch.device) -> Iterator[Case]:
 def _decode_attention(backend: str, device: torch.device) -> Iterator[Case]:
     """Every dtype of the cache; a rotation by 90 degrees, which rounds nothing."""
     kernel, normal = ops.decode_attention_by(backend), _random(1)
-    position, slots = torch.tensor([300]), 512
+    position, slots = torch.tensor([300], **_LONG), 512
     qkv, caches = normal(2, 3, 2, ops.HEAD_DIM), normal(2, 2, 2, slots, ops.HEAD_DIM)
-    cos, sin = torch.zeros(slots, ops.HEAD_DIM), torch.ones(slots, ops.HEAD_DIM)
-    tables = (position, torch.zeros(1, dtype=torch.int32), cos.float(), sin.float())
-    arrivals = torch.zeros(4, dtype=torch.int32)
+    cos, sin = torch.zeros(slots, ops.HEAD_DIM, **_FLOAT), torch.ones(slots, ops.HEAD_DIM, **_FLOAT)
+    tables = (position, torch.zeros(1, **_INT), cos, sin)
+    arrivals = torch.zeros(4, **_INT)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         call = (qkv, *caches.to(dtype, copy=True), *tables, None, None, arrivals)
         copies = [None if tensor is None else tensor.to(device, copy=True) for tensor in call]
@@ -113,11 +119,11 @@ def _cfg_sample(backend: str, device: torch.device) -> Iterator[Case]:
     """A few draws in a row, with every rule of stock's chain, as the engine draws them."""
     sample, normal, vocabulary = ops.cfg_sample_by(backend), _random(2), 300
     params = sampling.SamplingParams(top_p=0.9, top_k=50).pack(torch.float32, torch.device("cpu"))
-    seen = torch.zeros(1, vocabulary, dtype=torch.bool)
-    flags = torch.zeros(1, dtype=torch.int32)
+    seen = torch.zeros(1, vocabulary, dtype=torch.bool, device="cpu")
+    flags = torch.zeros(1, **_INT)
     own_seen, own_flags, own_params = (t.to(device, copy=True) for t in (seen, flags, params))
     on_device = device.type == "cuda" and backend != "reference"
-    philox = torch.tensor([[7, 40]]) if on_device else None
+    philox = torch.tensor([[7, 40]], **_LONG) if on_device else None
     own_philox = _on(device, philox)
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     for _ in range(8):
@@ -136,7 +142,7 @@ def _cfg_sample(backend: str, device: torch.device) -> Iterator[Case]:
 def _padded_attention(backend: str, device: torch.device) -> Iterator[Case]:
     """Every dtype; rows that end within a tile of keys, after several, and at once."""
     kernel, normal = ops.padded_attention_by(backend), _random(3)
-    qkv, lengths = normal(3, 150, 3 * 2 * ops.HEAD_DIM), torch.tensor([150, 70, 0]).int()
+    qkv, lengths = normal(3, 150, 3 * 2 * ops.HEAD_DIM), torch.tensor([150, 70, 0], **_INT)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         own = kernel(qkv.to(device, dtype), lengths.to(device), 2)
         expected = reference.padded_attention(qkv.to(dtype), lengths, 2)
@@ -157,7 +163,7 @@ def _snake(backend: str, device: torch.device) -> Iterator[Case]:
 def _istft(backend: str, device: torch.device) -> Iterator[Case]:
     """More frames than a block has; loud ones, which are clipped."""
     kernel, normal = ops.istft_by(backend), _random(5)
-    call = (2 * normal(2, 300, 18), torch.hann_window(16))
+    call = (2 * normal(2, 300, 18), torch.hann_window(16, **_FLOAT))
     own = kernel(*(tensor.to(device) for tensor in call), 0.99)
     yield "a spectrum", own, reference.istft(*call, 0.99)
 

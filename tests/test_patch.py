@@ -175,7 +175,7 @@ def test_a_t3_that_came_after_patch_is_reported(english: Any) -> None:
     with patched(english):
         english.t3 = random_t3("english", "tiny", seed=9, stop_after=12)
         assert row(english, "t3.inference") == (
-            "t3.inference", "stock", "torch", "came after patch(); patch again"
+            "t3.inference", "stock", "torch", "came after patch(); unpatch, then patch"
         )  # fmt: skip
         expected = stock_after_seed(english, 6)
         state = torch.get_rng_state()
@@ -386,7 +386,7 @@ def test_a_backbone_that_was_replaced_is_left_alone(english: Any) -> None:
     backbone.forward = mine
     try:
         with patched(english):
-            assert "forward of a LlamaModel is replaced" in row(english, "t3.inference").why
+            assert "a LlamaModel has a forward of its own" in row(english, "t3.inference").why
             assert backbone.forward is mine
             english.generate(TEXT, seed=1)
             assert called

@@ -54,6 +54,19 @@ def test_the_kernels_of_this_build_pass(op: str) -> None:
     assert chosen(op) == ("extension", "compiled for cpu")
 
 
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_defaults_do_not_matter(op: str, dtype: torch.dtype) -> None:
+    """The choice is kept for the process, which may have other defaults for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert selftest.why_failed.__wrapped__(op, "extension", CPU) is None
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_skinny_linear_that_is_wrong_with_a_dtype(broken: Any, dtype: torch.dtype) -> None:
     broken("skinny_linear", lambda right, x, w, *rest, **how: (

@@ -38,6 +38,15 @@ def by_twin(spectrum: Tensor, window: Tensor = HANN, limit: float = NO_LIMIT) ->
     return twin(spectrum, window, limit)
 
 
+def default_dtypes() -> list[torch.dtype]:
+    """What the twin returns where torch's default is bfloat16."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return [by_twin(torch.zeros(1, 3, 18, dtype=dtype)).dtype for dtype in FLOATING]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Any]:
     """`by_twin` in a process where triton interprets."""
@@ -50,6 +59,11 @@ def interpreted() -> Iterator[Any]:
 def test_it_is_stocks(interpreted: Any, frames: int, dtype: torch.dtype) -> None:
     spectrum = spectrum_of(rows_for(frames, 100), frames, seed=frames).to(dtype)
     compare(interpreted(spectrum), spectrum)
+
+
+def test_it_is_float32_whatever_torchs_default_is() -> None:
+    with interpreting_triton() as pool:
+        assert set(pool.submit(default_dtypes).result()) == {torch.float32}
 
 
 @pytest.mark.parametrize("window", WINDOWS)

@@ -112,7 +112,7 @@ def istft(spectrum: Tensor, window: Tensor, limit: float) -> Tensor:
     """
     _check(spectrum, window, limit)
     rows, frames, _ = spectrum.shape
-    y = torch.empty(rows, 4 * (frames - 1), device=spectrum.device)
+    y = torch.empty(rows, 4 * (frames - 1), dtype=torch.float32, device=spectrum.device)
     if y.numel() == 0:
         return y
     with torch.cuda.device_of(spectrum):

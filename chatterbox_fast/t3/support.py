@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modules import is_exactly, why_not_called
+from ..modules import Methods, is_exactly, why_not_called
 
 INFERENCE_PARAMETERS = {
     "self",
@@ -55,6 +55,7 @@ def why_unsupported(t3: Any) -> str | None:
         _why_not_inference(type(t3))
         or _why_not_config(t3)
         or _why_not_layers(t3)
+        or _why_not_methods(t3)
         or why_not_called((t3.tfmr, t3.speech_head, t3.speech_emb, t3.speech_pos_emb))
         or _why_not_tensors(t3)
         or _why_not_autocast(t3)
@@ -80,6 +81,12 @@ def _why_not_inference(stock_class: type) -> str | None:
     if method.__code__.co_filename != inspect.getsourcefile(stock_class):
         return "T3.inference was replaced on the class"
     return None
+
+
+def _why_not_methods(t3: Any) -> str | None:
+    called = frozenset(("inference", "prepare_conditioning"))  # the first is ours by now
+    reason = Methods(type(t3), called).why_replaced(t3)
+    return None if reason is None else f"T3 {reason}"
 
 
 def _why_not_config(t3: Any) -> str | None:
