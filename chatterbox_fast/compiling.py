@@ -36,7 +36,7 @@ class Compiled(Generic[Arguments, Result]):
             try:
                 return cast(Result, self._compiled(*args, **kwargs))
             except (TorchDynamoException, FailOnRecompileLimitHit) as failure:
-                said = " ".join(str(failure).split("\n")[:2])  # which backend, and its error
+                said = " ".join(str(failure).split("\n")[:2]).strip()  # whose, and what
                 self.eager_because = f"torch.compile failed: {said}"
         return self._eager(*args, **kwargs)
 
