@@ -143,7 +143,7 @@ class PhiloxStream:
             self._end = self._start + draws * self._increment
             self._generator.set_offset(self._end)
             row = [self._generator.initial_seed(), self._start]
-        self.state.copy_(torch.tensor([[_signed(word) for word in row]]))
+        self.state.copy_(torch.tensor([[_signed(word) for word in row]], device="cpu"))
 
     def close(self, used: int) -> None:
         """Gives back the numbers that `used` draws did not need."""

@@ -190,8 +190,8 @@ def _snake(module: Any, by: str) -> Snake:
 
 def _analysis(window: Tensor) -> Tensor:
     # Sample times frequency, in radians.
-    turns = torch.outer(torch.arange(N_FFT), torch.arange(BINS)) % N_FFT
-    angles = 2 * math.pi / N_FFT * turns.to(window)
+    samples, bins = (torch.arange(count, device=window.device) for count in (N_FFT, BINS))
+    angles = 2 * math.pi / N_FFT * (torch.outer(samples, bins) % N_FFT).to(window)
     return window[:, None] * torch.cat([angles.cos(), -angles.sin()], dim=1)
 
 
