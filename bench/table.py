@@ -199,9 +199,10 @@ def end_to_end_table(raw: dict[str, Any]) -> str:
         cells = [f"{seconds[x]:.1f} s" if x in seconds else "–" for x in lengths]
         rows.append(f"| {name} | total | {' | '.join(cells)} |")
     machine, rounds = raw["machine"], raw["end_to_end"][0]["rounds"]
+    counted = "one of each" if rounds == 1 else f"medians of {rounds}"
     conditions = (
         "Text to so much audio with a voice prompt of 10 s, stock and patched in turn in one "
-        f"process, after a first utterance each; medians of {rounds}. {machine['device']}, "
+        f"process, after a first utterance each; {counted}. {machine['device']}, "
         f"{machine['threads']} threads, torch {machine['torch']}, weights: {raw['weights']}, "
         f"{raw['when'][:10]}, commit {raw['commit']}."
     )
