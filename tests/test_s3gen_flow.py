@@ -100,7 +100,9 @@ def test_meanflow_is_cut_at_its_end(prompt: int) -> None:
         run.side_effect = lambda _engine, _tokens, _speaker, _prompt, noise, _steps: noise
         whole = mel(s3gen, own)
         cut = mel(s3gen, own | {"finalize": False})
+        short = mel(s3gen, own | {"finalize": False, "noised_mels": noise[..., :4]})
     assert torch.equal(whole, noise)
+    assert short.shape == cut.shape, "all four frames are cut"
     assert torch.equal(cut, noise[..., :-6])
     with Engine(s3gen):
         found = mel(s3gen, own | {"finalize": False})
