@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import bench_cfg_sample
 import bench_decode_attention
@@ -229,7 +231,7 @@ def table_of(*results: dict[str, Any]) -> list[str]:
     return table.bench_table({
         "benchmarks": results,
         "machine_info": {"measured": machine},
-        "commit_info": {"dirty": False, "id": "0123456789"},
+        "commit_info": {"dirty": True, "id": "0123456789"},
         "datetime": "2026-11-23T01:00:00",
     }).splitlines()  # fmt: skip
 
@@ -251,6 +253,7 @@ def test_a_table_has_a_row_for_a_case() -> None:
              "5 µs (19 – 22); 3.1 µs in a graph", "4 µs (19 – 22)", "5.00×")  # fmt: skip
     assert row == f"| {' | '.join(cells)} |"
     assert ", warm; cold, " in conditions
+    assert conditions.endswith(", commit 0123456+.")
 
 
 def test_a_table_of_stock_alone() -> None:
@@ -277,6 +280,42 @@ def test_results_are_drawn(key: str, results: list[dict[str, Any]], tmp_path: Pa
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_bars_are_times_of_stocks_speed(tmp_path: Path) -> None:
+    from matplotlib import pyplot
+
+    raw = {"benchmarks": [result("stock"), result("extension", median_us=5.0)]}
+    with mock.patch.object(pyplot.Axes, "barh") as bars:
+        table.draw(raw, tmp_path / "a.png")
+    assert bars.call_args.args == (["op, a, cuda"], [4.0])
+
+
+def test_pages_that_are_not_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo's results: with --check they are said to be, else made anew."""
+    stock, ours = {"t3": 4.0, "total": 6.0}, {"t3": 2.0, "total": 4.0}
+    raw = {
+        "stock_seconds": stock, "patched_seconds": ours, "token_count": 50, "audio_seconds": 2.0,
+        "machine": {"device": "GPU", "threads": 2, "torch": "2.11"}, "tokens_equal": 50,
+        "mel_difference": 1e-6, "audio_difference": 1e-6, "weights": "random",
+        "when": "2026-11-23T01:00:00", "commit": "0123456",
+    }  # fmt: skip
+    (tmp_path / "demo.json").write_text(json.dumps(raw))
+    for name, value in (("ROOT", tmp_path), ("RESULTS", tmp_path), ("PAGES", ("a.md", "b.md"))):
+        monkeypatch.setattr(table, name, value)
+    stale = "before\n<!-- table: demo.json -->\nold\n<!-- end -->\nafter\n"
+    (tmp_path / "a.md").write_text(stale)
+    (tmp_path / "b.md").write_text("no table\n")
+    assert table.main(["--check"]) == 1
+    assert (tmp_path / "a.md").read_text() == stale
+    assert table.main([]) == 0
+    lines = (tmp_path / "a.md").read_text().splitlines()
+    assert lines[:2] == ["before", "<!-- table: demo.json -->"]
+    assert lines[-2:] == ["<!-- end -->", "after"]
+    assert "| t3 | 4.00 s | 2.00 s | 2.00× |" in lines
+    assert "| T3 tokens/s | 12.50 | 25.00 | 2.00× |" in lines
+    assert "| real-time factor | 3.00 | 2.00 | 1.50× |" in lines
+    assert table.main(["--check"]) == 0
+
+
 def test_the_decode_bench_measures_and_renders() -> None:
     """Every variant runs, and both sides are charged for the same bytes."""
     arguments = argparse.Namespace(
@@ -291,10 +330,12 @@ def test_the_decode_bench_measures_and_renders() -> None:
     stock, ours = raw["t3_decode"][0], raw["t3_decode"][3]
     assert stock["bytes"] == pytest.approx(ours["bytes"], rel=1e-3)
     assert raw["divergence"]["ours, exact"] < 1e-8
+    ours["median_us"] = stock["median_us"] / 3
     text = table.t3_decode_table(raw)
     assert len(text.splitlines()) == 2 + 5 + 2
     assert "| stock |" in text
     assert "1.00×" in text
+    assert "3.00×" in text
 
 
 # ---- S3Gen

@@ -134,6 +134,25 @@ def test_a_torch_without_cuda_gets_cpu_ops(
         setup.extension(cpu_torch, {})
 
 
+def test_every_source_is_built(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CUDA all but its own."""
+    from torch.utils import cpp_extension
+
+    for name in ("CppExtension", "CUDAExtension"):
+        monkeypatch.setattr(cpp_extension, name, lambda sources, **_: sources)
+    monkeypatch.setattr(setup, "write_reason", lambda _: "")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    prepare_cuda = setup.prepare_cuda
+    paths = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".cu")]
+    every = sorted(str(path.relative_to(ROOT)) for path in paths)
+    monkeypatch.setattr(setup, "prepare_cuda", lambda _: (setup.Toolkit(ROOT, "13.0"), ROOT))
+    assert setup.extension(torch, {}) == every
+    monkeypatch.setenv("CHATTERBOX_FAST_CUDA", "0")
+    monkeypatch.setattr(setup, "prepare_cuda", prepare_cuda)
+    without = [path for path in every if path.endswith(".cpp") and "/cuda/" not in path]
+    assert setup.extension(torch, {}) == without
+
+
 def run_setup(tree: Path, *arguments: str, hide_torch: bool = False, **env: str) -> str:
     hide = "sys.modules['torch'] = None;" if hide_torch else ""
     code = f"import runpy, sys; {hide} runpy.run_path('setup.py', run_name='__main__')"

@@ -164,8 +164,21 @@ def test_a_row_that_has_stopped_keeps_its_flags() -> None:
     assert call.by_kernel()[0][2] == after
 
 
+def test_what_is_forgotten_may_be_drawn_again() -> None:
+    logits = torch.full((1, 301), -50.0)
+    logits[:, 7] = 50.0
+    params = SamplingParams(0.0).pack(torch.float32, CPU)
+    seen, philox = torch.zeros(1, 301, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.long)
+    call = Call(logits, seen, params, philox, forget=7, few_threads=True)
+    call.check()
+    token, seen_after, *_ = call.by_kernel()[0]
+    assert token == [7]
+    assert seen_after[0][7]
+
+
 TIED = (
     SamplingParams(0, 1, 1, 0.0, 1.0, 2),
+    SamplingParams(0, 1, 1, 0.0, 1.0, 5),
     SamplingParams(0, 1, 1, 1.0, 1.0, 0),
     SamplingParams(0, 1, 1, 0.0, 0.6, 0),
     SamplingParams(0, 1, 1, 0.0, 0.4, 3),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chatterbox_fast.graph import CaptureError, capture, drawing
+from chatterbox_fast.graph import CaptureError, capture, drawing, why_no_graph
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -53,6 +53,7 @@ class Device:
         self.current = self.default = object()
         self.generator = Generator(State())
         self.pools: list[object] = []
+        self.captures = 0
         self.invalid = False
 
     def patch(self, patch: pytest.MonkeyPatch) -> None:
@@ -67,11 +68,13 @@ class Device:
             def capture_begin(self, *pool: object, capture_error_mode: str) -> None:
                 assert capture_error_mode == "thread_local"
                 assert device.current is not device.default
+                device.captures += 1
                 self.state = device.generator.state
                 self.state.capturing = True
                 device.pools.extend(pool)
 
             def capture_end(self) -> None:
+                device.captures -= 1
                 if device.invalid:
                     raise RuntimeError("operation failed due to a previous error during capture")
                 self.state.capturing = False
@@ -153,6 +156,38 @@ def test_others_draw_and_replay_while_a_capture_lasts(device: Device) -> None:
     assert device.current is device.default
 
 
+def test_the_runs_before_a_capture_keep_their_place(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After what the caller has enqueued, and before what it enqueues next."""
+    waits: list[tuple[object, object]] = []
+    monkeypatch.setattr(
+        torch.cuda.Stream, "wait_stream", lambda self, other: waits.append((self, other))
+    )
+    runs: list[int] = []
+    capture(lambda: runs.append(len(waits)), GPU)
+    own = waits[0][0]
+    assert waits == [(own, device.default), (device.default, own)]
+    assert runs == [1, 1, 2]
+
+
+@pytest.mark.usefixtures("device")
+def test_one_capture_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other's wait for the device would break it."""
+    events: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("waits"))
+    other = threading.Thread(target=capture, args=(lambda: None, GPU))
+
+    def meanwhile() -> None:
+        other.start()
+        other.join(0.2)
+        events.append("ends")
+
+    capture(nth_run(3, meanwhile), GPU)
+    other.join()
+    assert events == ["waits", "ends", "waits"]
+
+
 @pytest.mark.usefixtures("device")
 def test_a_draw_waits_while_a_capture_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     begins, drawn = threading.Event(), threading.Event()
@@ -177,6 +212,14 @@ def test_a_draw_waits_while_a_capture_begins(monkeypatch: pytest.MonkeyPatch) ->
     assert drawn.is_set()
 
 
+def test_where_there_are_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CHATTERBOX_FAST_GRAPHS", raising=False)
+    assert why_no_graph(CPU) == "graphs are a GPU's"
+    assert why_no_graph(GPU) is None
+    monkeypatch.setenv("CHATTERBOX_FAST_GRAPHS", "0")
+    assert why_no_graph(GPU) == "CHATTERBOX_FAST_GRAPHS=0"
+
+
 def test_only_a_gpus_global_generator_is_waited_for() -> None:
     with drawing(GPU, None), drawing(CPU, None), drawing(GPU, torch.Generator()):
         pass
@@ -193,6 +236,7 @@ def test_a_capture_that_fails_leaves_nothing_behind(device: Device, ends: bool) 
     with pytest.raises(CaptureError, match=r"not permitted when stream is capturing$"):
         capture(nth_run(3, look), GPU)
     assert device.current is device.default
+    assert device.captures == 0
     assert device.generator.draw() == 4
     earlier()
     device.invalid = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -189,6 +190,17 @@ def test_nothing_is_kept_alive_by_looking() -> None:
     assert part() is None, "and nobody else does"
 
 
+def test_nothing_comes_to_lie_where_data_was(root: Root) -> None:
+    """Else what was exchanged twice would look as if it never was."""
+    weight = root.layers[1].linear[0].weight
+    weight.data = torch.rand(1000)
+    seen, address = fingerprint(root), weight.data_ptr()
+    weight.data = torch.empty(0)
+    others = [torch.rand(1000) for _ in range(2000)]
+    assert address not in {each.data_ptr() for each in others}
+    assert not seen.is_still(root)
+
+
 def test_threads_may_look_at_once(root: Root) -> None:
     found: list[Any] = []
     threads = [
@@ -208,6 +220,15 @@ def test_threads_may_look_at_once(root: Root) -> None:
 @pytest.fixture
 def stock() -> nn.Module:
     return nn.Sequential(nn.Conv1d(2, 2, 1), nn.ELU())
+
+
+def test_hooks_put_on_a_module(stock: nn.Module) -> None:
+    for register in (stock[0].register_forward_hook, stock[0].register_forward_pre_hook):  # type: ignore[index]
+        handle = register(print)
+        reason = "a Conv1d has a forward hook, which would not be called"
+        assert why_not_called([stock]) == reason
+        handle.remove()
+    assert why_not_called([stock]) is None
 
 
 def test_methods_put_into_a_module(stock: nn.Module) -> None:
@@ -233,8 +254,18 @@ def test_methods_put_into_a_class(stock: nn.Module, monkeypatch: pytest.MonkeyPa
     assert why_not_called([stock]) == f"a ELU {expected}", "functools.wraps hides nothing"
     monkeypatch.setattr(nn.ELU, "forward", torch.no_grad()(own))
     assert why_not_called([stock]) is None, "torch's decorators compute the same"
-    monkeypatch.setattr(nn.Module, "__call__", identity)
-    assert "has a __call__ that was put into its class" in str(why_not_called([stock]))
+    monkeypatch.setattr(nn.ELU, "forward", contextlib.suppress.__exit__)
+    assert why_not_called([stock]) == f"a ELU {expected}", "nor do their own functions"
+
+
+@pytest.mark.parametrize("name", ["__call__", "_call_impl", "_wrapped_call_impl"])
+def test_methods_that_every_call_goes_through(
+    stock: nn.Module, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint(stock)
+    monkeypatch.setattr(nn.Module, name, identity)
+    assert f"has a {name} that was put into its class" in str(why_not_called([stock]))
+    assert fingerprint(stock) is not before
 
 
 def test_methods_that_are_called(stock: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,20 @@ def test_nothing_stays_of_a_broken_utterance(flow: Any) -> None:
         assert torch.equal(bucket.mel(*good), expected)
 
 
+def test_a_mel_is_its_callers(flow: Any) -> None:
+    """The next utterance is not written into it."""
+    bucket = a_bucket(FlowEngine(flow, Options()), 16, 1)
+    mel = bucket.mel(*inputs(7, 4))
+    kept = mel.clone()
+    bucket.mel(*inputs(9, 4))
+    assert torch.equal(mel, kept)
+
+
+def test_a_table_is_of_use_outside_of_inference_mode(flow: Any) -> None:
+    table = FlowEngine(flow, Options()).table(2)
+    assert not any(each.is_inference() for each in (*table.steps, *table.shifts[0]))
+
+
 def test_buckets_are_few() -> None:
     sizes = [bucket_for(tokens) for tokens in (1, 64, 65, 500, buckets.LARGEST)]
     assert sizes == [64, 64, 128, 512, buckets.LARGEST]
@@ -199,6 +213,8 @@ def test_a_size_without_room_runs_eagerly_and_lets_the_others_be(
     assert capture.call_count == 4, "it is not tried again, and evicts nobody"
     assert len(small._buckets) == 1
     assert small.eager_because is None, "other sizes have room"
+    small.mel(*large, 3)
+    assert capture.call_count == 6, "another number of steps is tried"
 
 
 def test_others_make_room(small: FlowEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +248,36 @@ def test_others_make_room(small: FlowEngine, monkeypatch: pytest.MonkeyPatch) ->
     assert len(small._buckets) == 1
 
 
+def test_a_pool_goes_with_its_graphs(small: FlowEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch takes none again whose graphs are all gone."""
+    small.mel(*inputs(5, 2), 2)
+    pools: list[Any] = []
+
+    def capture(step: Callable[[], None], _: Any, pool: Any) -> Callable[[], None]:
+        pools.append(pool)
+        if len(pools) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return eagerly(step)
+
+    monkeypatch.setattr(engines, "capture", capture)
+    small._pool = (0, 1)
+    monkeypatch.setattr(small, "_new_pool", lambda: (0, 2))
+    small.mel(*inputs(12, 2), 2)
+    assert pools == [(0, 1), (0, 2)]
+
+
+def test_a_bucket_is_made_once_all_before_it_is_done(
+    small: FlowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is forgotten in its favour may still run; its table is there for other streams."""
+    calls = mock.Mock()
+    calls.capture.side_effect = eagerly
+    monkeypatch.setattr(engines, "settle", calls.settle)
+    monkeypatch.setattr(engines, "capture", calls.capture)
+    small.mel(*inputs(5, 2), 2)
+    assert [name for name, *_ in calls.mock_calls] == ["settle", "settle", "capture"]
+
+
 def test_the_engines_device_waits_for_the_one_before(
     small: FlowEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +288,18 @@ def test_the_engines_device_waits_for_the_one_before(
     small.mel(*inputs(5, 2), 2)
     streams.assert_called_once_with(small.device)
     streams.return_value.wait_event.assert_called_once_with(small._done)
+
+
+def test_the_next_one_waits_for_the_end_of_this(
+    small: FlowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = mock.Mock()  # a bucket whose mel is on a GPU
+    monkeypatch.setattr(torch.cuda, "current_stream", calls.stream)
+    small._buckets.get((8, 2), lambda: calls.bucket)
+    assert small.mel(*inputs(5, 2), 2) is calls.bucket.mel.return_value
+    calls.stream.assert_called_once_with(small.device)
+    assert calls.mock_calls[0][0] == "bucket.mel"
+    assert small._done is calls.stream.return_value.record_event.return_value
 
 
 def test_threads_take_turns(small: FlowEngine) -> None:

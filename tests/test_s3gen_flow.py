@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -99,7 +100,9 @@ def test_meanflow_is_cut_at_its_end(prompt: int) -> None:
         run.side_effect = lambda _engine, _tokens, _speaker, _prompt, noise, _steps: noise
         whole = mel(s3gen, own)
         cut = mel(s3gen, own | {"finalize": False})
+        short = mel(s3gen, own | {"finalize": False, "noised_mels": noise[..., :4]})
     assert torch.equal(whole, noise)
+    assert short.shape == cut.shape, "all four frames are cut"
     assert torch.equal(cut, noise[..., :-6])
     with Engine(s3gen):
         found = mel(s3gen, own | {"finalize": False})
@@ -267,6 +270,33 @@ def test_a_kept_engine_goes_with_any_change() -> None:
     assert second is not first
     attention.to_q = torch.nn.Identity()
     assert "Identity" in str(engines.of(flow))
+
+
+def test_a_new_engine_does_not_wait_for_the_memory_of_the_old() -> None:
+    made: list[Any] = []
+
+    def make(*_: Any) -> Any:
+        assert all(engine() is None for engine in made)
+        engine = mock.Mock()
+        made.append(weakref.ref(engine))
+        return engine
+
+    module, engines = nn.Linear(1, 1), Engines(make, lambda _: None, Options())
+    for number in range(2):
+        module.number = number
+        engines.of(module)
+    assert len(made) == 2
+
+
+def test_a_kept_engine_goes_with_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Linear(1, 1)
+    engines = Engines(lambda *_: mock.Mock(), lambda _: None, Options())
+    found = [engines.of(module)]
+    for name, value in (("GRAPHS", "0"), ("BACKEND", "reference")):
+        monkeypatch.setenv(f"CHATTERBOX_FAST_{name}", value)
+        found.append(engines.of(module))
+        assert engines.of(module) is found[-1]
+    assert len(set(map(id, found))) == 3
 
 
 def test_engines_are_kept_as_long_as_weights(s3gen: Any) -> None:

@@ -91,18 +91,24 @@ def test_the_token_count_is_not_copied_from_the_host(
     token, voice = a_request()
     flow = mock.Mock(return_value=(torch.zeros(1), None))
     monkeypatch.setattr(deep.flow, "inference", flow)
-    deep.flow_inference(token, ref_dict=dict(voice))
+    two = token.repeat(2, 1)
+    for each in (two, token):
+        deep.flow_inference(each, ref_dict=dict(voice))
     monkeypatch.setattr(torch, "LongTensor", mock.Mock(side_effect=AssertionError("a copy")))
     changes = lengths_site(deep, Options()).changes()
     apply_all(changes)
     try:
+        deep.flow_inference(two, ref_dict=dict(voice))
         deep.flow_inference(token, ref_dict=dict(voice))
         deep.flow_inference(token[0], None, None, dict(voice))
         own = torch.tensor([3])
         deep.flow_inference(token, ref_dict=dict(voice), speech_token_lens=own)
     finally:
         undo_all(changes)
-    stocks, *ours, given = (call.kwargs["token_len"] for call in flow.call_args_list)
+    stocks_two, stocks, ours_two, *ours, given = (
+        call.kwargs["token_len"] for call in flow.call_args_list
+    )
+    assert torch.equal(ours_two, stocks_two)
     for count in ours:
         assert torch.equal(count, stocks)
         assert count.dtype == stocks.dtype

@@ -14,8 +14,15 @@ from chatterbox_fast.options import Options
 from chatterbox_fast.precision import choose_float
 from chatterbox_fast.s3gen.encoder import encode, pack_encoder
 from chatterbox_fast.s3gen.flow import condition, pack_flow, solve, time_table
-from chatterbox_fast.s3gen.layers import bytes_of, narrowed, saturated
-from chatterbox_fast.s3gen.vocoder import decode, pack_vocoder
+from chatterbox_fast.s3gen.layers import (
+    Linear,
+    SequenceConv,
+    SequenceConvTranspose,
+    bytes_of,
+    narrowed,
+    saturated,
+)
+from chatterbox_fast.s3gen.vocoder import ResBlock, decode, pack_vocoder
 
 HALVES = [torch.bfloat16, torch.float16]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -126,6 +133,15 @@ def test_saturation() -> None:
     assert values[1] == -torch.inf
 
 
+def test_each_layer_saturates() -> None:
+    x, weight = torch.full((1, 4, 8), 6e4), torch.ones(8, 8, 1, 3, dtype=torch.float16)
+    conv, transposed = SequenceConv(weight, None, 1), SequenceConvTranspose(weight, None, 1, 1)
+    block: Any = ResBlock(((torch.neg, conv, torch.neg, conv),))  # type: ignore[arg-type]
+    product = Linear(weight[:, :, 0, 0], None, onednn=False)
+    for found in (conv(x), transposed(x), block(x.half()), product.added_to(x, x)):
+        assert torch.isfinite(found).all()
+
+
 @torch.inference_mode()
 def test_what_stays_in_float32(s3gen: Any) -> None:
     """What phases are made of, what nothing bounds, norms, and tables."""
@@ -163,5 +179,7 @@ def test_which_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("auto", GPU) == ("bf16", torch.bfloat16, "the default on a GPU")
     assert chosen("int8", GPU) == ("bf16", torch.bfloat16, "int8 is T3's alone")
     assert chosen("bf16", GPU, torch.double)[:2] == ("exact", torch.double)
+    capability = (8, 0)
+    assert chosen("auto", GPU)[:2] == ("bf16", torch.bfloat16)
     capability = (7, 5)
     assert chosen("auto", GPU)[:2] == ("fp16", torch.float16)

@@ -12,6 +12,7 @@ from s3gen_toolkit import rough_s3gen
 from torch import nn
 
 from chatterbox_fast import patched, report
+from chatterbox_fast.s3gen import support
 from chatterbox_fast.s3gen.support import why_flow_unsupported, why_vocoder_unsupported
 from chatterbox_fast.t3.support import why_unsupported
 from chatterbox_fast.testing import random_model, random_t3
@@ -108,6 +109,16 @@ FLOW: dict[str, tuple[Change, str]] = {
     "scale": (set_to("encoder.encoders.0.ff_scale", 0.5), "ff_scale 0.5, not 1.0"),
     "embedding": (set_to("input_embedding.max_norm", 1.0), "max_norm 1.0, not None"),
     "transpose": (set_to(f"{MIDDLE}.0.block1.block.1.dim0", 0), "dim0 0, not 1"),
+    "projections": (
+        in_place_of(f"{MIDDLE}.1.0.attn1.to_v", lambda: nn.Linear(256, 512)),
+        "attention's projections have biases",
+    ),
+    "dtypes": (
+        lambda flow: flow.encoder_proj.double(),
+        "its weights are torch.float32, torch.float64; the exact engine takes float32",
+    ),
+    "devices": (lambda flow: flow.encoder_proj.to("meta"), "its weights are not on one device"),
+    "nowhere": (lambda flow: flow.to("meta"), "its weights are not on one device"),
     "processor": (set_to(f"{MIDDLE}.1.0.attn1.processor", mine), "attention runs by a function"),
 }
 VOCODER: dict[str, tuple[Change, str]] = {
@@ -156,6 +167,18 @@ def test_a_vocoder_that_is_not_stocks(s3gen: Any, change: str) -> None:
     assert expected in str(why_vocoder_unsupported(s3gen.mel2wav))
 
 
+def test_every_setting_is_one_of_stocks(original: Any) -> None:
+    """A name that is misspelt would be one that nobody sets."""
+    missing = {
+        f"{type(module).__qualname__}.{name}"
+        for root in (original.flow, original.mel2wav)
+        for module in root.modules()
+        for name, _ in support._expected(type(module))[1]
+        if not hasattr(module, name)
+    }
+    assert not missing
+
+
 def test_a_method_put_into_a_class(s3gen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     snake = type(s3gen.mel2wav.resblocks[0].activations1[0])
     monkeypatch.setattr(snake, "forward", mine)
@@ -186,6 +209,8 @@ def test_methods_that_t3s_engine_would_not_call(monkeypatch: pytest.MonkeyPatch)
     assert why_unsupported(t3) is None
     t3.prepare_conditioning = t3.prepare_conditioning
     assert why_unsupported(t3) is None, "the engine calls it"
+    t3.tfmr.save_pretrained = mine
+    assert why_unsupported(t3) is None, "it computes nothing"
     t3.prepare_input_embeds = t3.prepare_input_embeds
     reason = "T3 has a prepare_input_embeds of its own, which would not be called"
     assert why_unsupported(t3) == reason

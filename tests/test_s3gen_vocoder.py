@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from chatterbox_fast.options import Options
+from chatterbox_fast.request import Request
+from chatterbox_fast.s3gen import runner, site
 from chatterbox_fast.s3gen.engine import Engines, VocoderEngine
 from chatterbox_fast.s3gen.support import why_vocoder_unsupported
-from chatterbox_fast.s3gen.vocoder import VocoderWeights, decode, f0, pack_vocoder, stft
+from chatterbox_fast.s3gen.vocoder import Draws, VocoderWeights, decode, f0, pack_vocoder, stft
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,27 @@ def test_a_report_tells_where_the_vocoder_is(s3gen: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(type(s3gen), "device", torch.device("meta"))
     row = next(row for row in Engine(s3gen).rows() if row.site == "s3gen.vocoder")
     assert row.backend == "cpu, eager"
+
+
+def test_each_device_has_its_own_generator(
+    weights: VocoderWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The phase is drawn on the CPU, the noise where the mel is."""
+    run = mock.Mock()
+    monkeypatch.setattr(runner, "vocoder_inference", run)
+    monkeypatch.setattr(Request, "generator", lambda _, device: device.type)
+    mel = torch.empty(1, 80, 4, device="meta")
+    engine = mock.Mock(weights=weights)
+    site.serve_vocoder(engine, {"speech_feat": mel, "cache_source": mel})
+    assert run.call_args.kwargs == {"generator": "meta", "cpu_generator": "cpu"}
+
+    def draws(phase: int) -> Draws:
+        seeds = (torch.Generator().manual_seed(seed) for seed in (1, phase))
+        return runner.draw_source(weights, torch.zeros(1, 3, 80), *seeds)
+
+    one, other = draws(2), draws(3)
+    assert torch.equal(one.noise, other.noise)
+    assert not torch.equal(one.phase, other.phase)
 
 
 def test_the_cached_source_is_used(s3gen: Any) -> None:

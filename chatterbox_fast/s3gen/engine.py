@@ -219,6 +219,7 @@ class Engines(Generic[Engine]):
             if known is not None and known[0] == asked and known[1].same(now):
                 return known[2]
             self._of.pop(module, None)
+            known = None  # its memory is the new one's
             found: Engine | str | None = self._why_unsupported(module)
             if found is None:
                 # Not as inference tensors, which a caller outside of inference mode could not use.
