@@ -35,8 +35,8 @@ constexpr int kCfgSampleForce = 2;
 constexpr float kCfgSampleRuledOut = 32768.0f;
 constexpr int kRadixBins = 256;
 
-// Scores of a large vocabulary do not fit into registers: their loops stay loops, which compile in a
-// tenth of the time.
+// Scores of a large vocabulary do not fit into registers: their loops stay loops, which compile in
+// a tenth of the time.
 template <int kItems>
 constexpr int kUnrolled = kItems <= 32 ? kItems : 1;
 
