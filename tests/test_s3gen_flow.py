@@ -64,6 +64,7 @@ def test_every_input_reaches_the_mel(s3gen: Any) -> None:
     arguments = utterance()
     with Engine(s3gen):
         plain = mel(s3gen, arguments)
+        assert plain.is_inference(), "as stock's"
         for name in ("prompt_feat", "embedding"):
             changed = mel(s3gen, arguments | {name: arguments[name] + 0.1})
             assert relative(changed, plain) > 1e-4, name
@@ -126,6 +127,14 @@ def test_too_few_tokens_to_be_cut(s3gen: Any, tokens: int, prompt: int) -> None:
 def test_unequal_lengths_are_stocks(s3gen: Any) -> None:
     arguments = utterance(6, 5, rows=2) | {"token_len": torch.tensor([6, 4])}
     expected = mel(s3gen, arguments)
+    with Engine(s3gen):
+        assert torch.equal(mel(s3gen, arguments), expected)
+
+
+def test_meanflow_of_an_estimator_without_is_stocks(s3gen: Any) -> None:
+    arguments = utterance(6, 5) | {"meanflow": True, "noised_mels": torch.randn(1, 80, 12)}
+    expected = mel(s3gen, arguments)
+    assert relative(expected, mel(s3gen, arguments | {"meanflow": False})) > 1e-2
     with Engine(s3gen):
         assert torch.equal(mel(s3gen, arguments), expected)
 

@@ -213,3 +213,7 @@ def test_precisions_that_a_device_does_not_have(monkeypatch: pytest.MonkeyPatch)
     assert choose_precision(Options(), cuda, torch.float32)[:2] == ("fp16", torch.float16)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 9))
     assert choose_precision(Options(), cuda, torch.float32)[:2] == ("bf16", torch.bfloat16)
+    bare: Any = {"backend": "reference"}
+    assert choose_precision(Options(**bare), cuda, torch.float32).precision == "bf16"
+    without = choose_precision(Options(precision="int8", **bare), cuda, torch.float32)
+    assert without[:2] == ("exact", torch.float32), "torch has no product with int8"
