@@ -153,6 +153,16 @@ def test_rows_that_cannot_be_drawn_from() -> None:
     assert call.by_kernel()[0][2] == [reference.FAILED] * 3 + [0]
 
 
+def test_a_row_that_turbos_penalty_makes_infinite() -> None:
+    logits, seen = torch.zeros(1, 301), torch.zeros(1, 301, dtype=torch.bool)
+    logits[:, 5], seen[:, 5] = 3e38, True
+    params = SamplingParams(0.0, 0.5, 1.0, 0.0, 1.0, 0).pack(torch.float32, CPU)
+    philox = torch.zeros(1, 2, dtype=torch.long)
+    call = Call(logits, seen, params, philox, turbo=True, few_threads=True)
+    call.check()
+    assert call.by_kernel()[0][2] == [reference.FAILED]
+
+
 def test_a_row_that_has_stopped_keeps_its_flags() -> None:
     logits, flags, after = rows_of_every_flag(301)
     params = SamplingParams(0.0).pack(torch.float32, CPU).repeat(12, 1)
