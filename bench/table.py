@@ -238,8 +238,7 @@ def draw_stages(raw: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("seconds")
     axes.tick_params(axis="x", labelsize=7)
     axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    _save(figure, path)
 
 
 def draw(raw: dict[str, Any], path: Path) -> None:
@@ -258,8 +257,7 @@ def draw(raw: dict[str, Any], path: Path) -> None:
     axis.set_xlabel("stock's median / ours")
     axis.tick_params(axis="y", labelsize=6)
     axis.invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    _save(figure, path)
 
 
 def draw_s3gen(raw: dict[str, Any], path: Path) -> None:
@@ -276,6 +274,11 @@ def draw_s3gen(raw: dict[str, Any], path: Path) -> None:
         axis.set_title(stage, fontsize=8)
         axis.tick_params(axis="x", labelrotation=60, labelsize=6)
     axes[0].set_ylabel("median, s")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Without matplotlib's version, with which the file would change."""
     figure.tight_layout()
     figure.savefig(path, dpi=100, metadata={"Software": None})
 

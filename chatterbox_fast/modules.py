@@ -7,7 +7,6 @@ from itertools import chain
 from operator import attrgetter, itemgetter
 from types import FunctionType, MethodType
 from typing import Any
-from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
@@ -57,7 +56,7 @@ class Fingerprint:
     It is compared at every call, and a flow has a thousand modules: so it keeps the dictionaries
     that all is in, which C loops read, and leaves alone those that do not matter. It does not keep
     the module itself alive, but all that it is made of, so that nothing can make room for another
-    thing at its address.
+    thing at its address. What replaces the module's own methods for us is left out.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -103,11 +102,6 @@ class Fingerprint:
             return False
         return not any(self._empty) and _equal(now, (self._contents, self._seen))
 
-    def same(self, other: Fingerprint) -> bool:
-        """Whether both were taken of the same state of the same module."""
-        mine, others = (self._contents, self._seen), (other._contents, other._seen)
-        return self is other or _equal(mine, others)
-
 
 def _equal(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
     """By ==, for which every object equals itself without being asked.
@@ -127,24 +121,6 @@ def _alike(dictionaries: list[dict[str, Any]]) -> dict[tuple[str, ...], list[dic
     for own in dictionaries:
         found.setdefault(tuple(n for n in own if n not in _BOOKKEEPING), []).append(own)
     return found
-
-
-_latest: WeakKeyDictionary[nn.Module, ref[Fingerprint]] = WeakKeyDictionary()
-"""The last fingerprint of each module, as long as somebody keeps it."""
-
-
-def fingerprint(root: nn.Module) -> Fingerprint:
-    """The fingerprint of a module as it is: the last one again where nothing has changed.
-
-    What replaces its own methods for us is left out.
-    """
-    kept = _latest.get(root)
-    known = None if kept is None else kept()
-    if known is not None and known.is_still(root):
-        return known
-    taken = Fingerprint(root)
-    _latest[root] = ref(taken)
-    return taken
 
 
 def _inner_dictionaries(modules: list[nn.Module]) -> Iterator[dict[Any, Any]]:
@@ -182,11 +158,20 @@ def why_not_called(roots: Iterable[nn.Module]) -> str | None:
     known: dict[type, Methods] = {}
     for root in roots:
         for module in root.modules():
-            kind = type(module)
-            methods = known.get(kind) or known.setdefault(kind, Methods(kind))
-            if (reason := methods.why_replaced(module) or why_hooked(module)) is not None:
-                return f"a {kind.__qualname__} {reason}"
+            if (reason := why_altered(module, known)) is not None:
+                return f"a {type(module).__qualname__} {reason}"
     return None
+
+
+def why_altered(module: nn.Module, known: dict[type, Methods]) -> str | None:
+    """The method or hook that somebody put into a module or its class, or None.
+
+    Args:
+        known: what was found out about classes, and is added to.
+    """
+    if (kind := type(module)) not in known:
+        known[kind] = Methods(kind)
+    return known[kind].why_replaced(module) or why_hooked(module)
 
 
 class Methods:

@@ -273,7 +273,7 @@ def _spoil(change: str, t3: Any) -> Any:
     [
         ("lora", "layer 1's q_proj is a Sequential"),
         ("bias", "layer 1's up_proj is a Linear, not a Linear without bias"),
-        ("hook", "a forward hook on a LlamaDecoderLayer"),
+        ("hook", "a LlamaDecoderLayer has a forward hook, which would not be called"),
         ("half", "weights are torch.float16"),
         ("mixed", "weights are torch.float32, torch.float64"),
         ("meta", "weights are on meta"),
@@ -282,7 +282,7 @@ def _spoil(change: str, t3: Any) -> Any:
         ("head bias", "speech_head is a Linear, not a Linear without bias"),
         ("head subclass", "speech_head is a Adapter, not a Linear without bias"),
         ("norm subclass", "norm is a Norm, not transformers' LlamaRMSNorm"),
-        ("forward", "the forward of a LlamaMLP is replaced"),
+        ("forward", "a LlamaMLP has a forward of its own, which would not be called"),
         ("fewer layers", "2 layers, and num_hidden_layers is 1"),
         ("attention", "layer 1's LlamaAttention is a Other"),
         ("scaling", "layer 1's attention scales by 1.0, not 0.125"),

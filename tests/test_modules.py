@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from chatterbox_fast import modules
-from chatterbox_fast.modules import Methods, fingerprint, why_not_called
+from chatterbox_fast.modules import Fingerprint, Methods, why_not_called
 from chatterbox_fast.overrides import bound
 
 
@@ -112,33 +111,31 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_noticed(root: Root, change: str) -> None:
-    before = fingerprint(root)
-    assert fingerprint(root) is before
+    before = Fingerprint(root)
+    assert before.is_still(root)
     CHANGES[change](root)
-    after = fingerprint(root)
-    assert after is not before
-    assert not before.same(after)
-    assert fingerprint(root) is after
+    assert not before.is_still(root)
+    assert Fingerprint(root).is_still(root)
 
 
 def test_a_change_of_a_class_is_noticed(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = fingerprint(root)
+    before = Fingerprint(root)
     monkeypatch.setattr(Layer, "shifted", bound_to_nothing)
-    changed = fingerprint(root)
-    assert changed is not before
+    changed = Fingerprint(root)
+    assert not before.is_still(root)
     monkeypatch.setattr(nn.SiLU, "__call__", bound_to_nothing, raising=False)
-    assert fingerprint(root) is not changed
+    assert not changed.is_still(root)
 
 
 def test_a_hook_on_all_modules_is_noticed(root: Root) -> None:
-    before = fingerprint(root)
+    before = Fingerprint(root)
     for register in (
         nn.modules.module.register_module_forward_hook,
         nn.modules.module.register_module_forward_pre_hook,
     ):
         handle = register(lambda *_: None)
         try:
-            assert fingerprint(root) is not before
+            assert not before.is_still(root)
             assert why_not_called([root]) == "a forward hook on all modules would not be called"
         finally:
             handle.remove()
@@ -146,41 +143,33 @@ def test_a_hook_on_all_modules_is_noticed(root: Root) -> None:
 
 
 def test_what_is_ours_is_no_change(root: Root) -> None:
-    before = fingerprint(root)
+    before = Fingerprint(root)
     root.decode = bound(identity, root)  # type: ignore[method-assign]
-    assert fingerprint(root) is before
+    assert before.is_still(root)
     assert why_not_called([root]) is None
-
-
-def test_states_of_one_module_are_the_same_whoever_looks(root: Root) -> None:
-    """Threads whose first calls come at once take a fingerprint each, and make one engine."""
-    taken = [modules.Fingerprint(root) for _ in range(2)]
-    assert taken[0].same(taken[1])
-    write(root.window)
-    assert not taken[0].same(modules.Fingerprint(root))
 
 
 def test_a_module_that_contains_itself(root: Root) -> None:
     root.layers[0].again = root.layers[0]
-    assert fingerprint(root) is fingerprint(root)
+    assert Fingerprint(root).is_still(root)
 
 
 def test_in_inference_mode_what_can_be_seen_is_seen() -> None:
     """torch counts no writes there; the rest is noticed, and nothing raises."""
     with torch.inference_mode():
         root = Root()
-        before = fingerprint(root)
+        before = Fingerprint(root)
         write(root.layers[0].linear[0].weight)
-        assert fingerprint(root) is before
+        assert before.is_still(root)
         root.layers[0].linear[0].weight.data = torch.zeros(1, 2)
-        assert fingerprint(root) is not before
+        assert not before.is_still(root)
 
 
 def test_nothing_is_kept_alive_by_looking() -> None:
     root = Root()
     part, gone = weakref.ref(root.layers[1]), weakref.ref(root)
     root.decode = bound_to_nothing.__get__(root)
-    seen = fingerprint(root)
+    seen = Fingerprint(root)
     del root
     gc.collect()
     assert gone() is None
@@ -194,7 +183,7 @@ def test_nothing_comes_to_lie_where_data_was(root: Root) -> None:
     """Else what was exchanged twice would look as if it never was."""
     weight = root.layers[1].linear[0].weight
     weight.data = torch.rand(1000)
-    seen, address = fingerprint(root), weight.data_ptr()
+    seen, address = Fingerprint(root), weight.data_ptr()
     weight.data = torch.empty(0)
     others = [torch.rand(1000) for _ in range(2000)]
     assert address not in {each.data_ptr() for each in others}
@@ -203,15 +192,16 @@ def test_nothing_comes_to_lie_where_data_was(root: Root) -> None:
 
 def test_threads_may_look_at_once(root: Root) -> None:
     found: list[Any] = []
+    seen = Fingerprint(root)
     threads = [
-        threading.Thread(target=lambda: found.extend(fingerprint(root) for _ in range(50)))
+        threading.Thread(target=lambda: found.extend(seen.is_still(root) for _ in range(50)))
         for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(each.same(found[0]) for each in found)
+    assert found == 200 * [True]
 
 
 # ---- Methods that would not be called
@@ -262,10 +252,10 @@ def test_methods_put_into_a_class(stock: nn.Module, monkeypatch: pytest.MonkeyPa
 def test_methods_that_every_call_goes_through(
     stock: nn.Module, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = fingerprint(stock)
+    before = Fingerprint(stock)
     monkeypatch.setattr(nn.Module, name, identity)
     assert f"has a {name} that was put into its class" in str(why_not_called([stock]))
-    assert fingerprint(stock) is not before
+    assert not before.is_still(stock)
 
 
 def test_methods_that_are_called(stock: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

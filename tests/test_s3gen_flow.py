@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+import time
 import weakref
 from typing import Any
 from unittest import mock
@@ -295,6 +296,31 @@ def test_a_new_engine_does_not_wait_for_the_memory_of_the_old() -> None:
         module.number = number
         engines.of(module)
     assert len(made) == 2
+
+
+def test_threads_whose_first_calls_come_at_once_make_one_engine() -> None:
+    made: list[Any] = []
+    barrier = threading.Barrier(4)
+
+    def make(*_: Any) -> Any:
+        time.sleep(0.05)  # long enough for the others to come
+        made.append(mock.Mock())
+        return made[-1]
+
+    module, engines = nn.Linear(1, 1), Engines(make, lambda _: None, Options())
+    found: list[Any] = []
+
+    def work() -> None:
+        barrier.wait()
+        found.append(engines.of(module))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made
+    assert found == 4 * made
 
 
 def test_a_kept_engine_goes_with_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from .. import selftest
 from ..compiling import Compiled
 from ..dispatch import Choice, requested_backend
 from ..graph import CaptureError, capture, graphs_wanted, settle, why_no_graph
-from ..modules import Fingerprint, fingerprint
+from ..modules import Fingerprint
 from ..options import Options
 from ..precision import choose_float
 from ..recent import Recent
@@ -213,13 +213,13 @@ class Engines(Generic[Engine]):
         if torch.is_autocast_enabled(next(module.parameters()).device.type):
             return "torch.autocast is on"
         asked = requested_backend(self._options.backend), graphs_wanted()
-        now = fingerprint(module)  # milliseconds, which nobody else waits for
+        if (known := self._known(module, asked)) is not None:
+            return known  # after milliseconds, which nobody else waited for
         with self._lock:
-            known = self._of.get(module)
-            if known is not None and known[0] == asked and known[1].same(now):
-                return known[2]
+            if (known := self._known(module, asked)) is not None:
+                return known  # somebody else's, of meanwhile
             self._of.pop(module, None)
-            known = None  # its memory is the new one's
+            now = Fingerprint(module)
             found: Engine | str | None = self._why_unsupported(module)
             if found is None:
                 # Not as inference tensors, which a caller outside of inference mode could not use.
@@ -227,3 +227,9 @@ class Engines(Generic[Engine]):
                     found = self._make(module, self._options)
             self._of[module] = (asked, now, found)
             return found
+
+    def _known(self, module: Any, asked: Any) -> Engine | str | None:
+        """What was found the last time; None where something has changed since."""
+        before, state, found = self._of.get(module, (None, None, None))
+        unchanged = state is not None and before == asked and state.is_still(module)
+        return found if unchanged else None

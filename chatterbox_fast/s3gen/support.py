@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modules import Methods, is_exactly, parameters_of, why_hooked, why_hooked_globally
+from ..modules import Methods, is_exactly, parameters_of, why_altered, why_hooked_globally
 
 _TORCH = (
     "Conv1d ELU Dropout Embedding LayerNorm Linear Mish ModuleDict ModuleList ParametrizationList "
@@ -160,11 +160,9 @@ def _why_not_inference(stock_class: Any, known: set[str]) -> str | None:
 
 def _why_not_parts(root: nn.Module) -> str | None:
     """What is odd about the first part of `root` that is odd, or None."""
-    methods: dict[type, Methods] = {}
+    known: dict[type, Methods] = {}
     for module in root.modules():
-        own = methods.get(kind := type(module)) or methods.setdefault(kind, Methods(kind))
-        reason = _why_odd(module) or own.why_replaced(module) or why_hooked(module)
-        if reason is not None:
+        if (reason := _why_odd(module) or why_altered(module, known)) is not None:
             path = next(path for path, each in root.named_modules() if each is module)
             return f"{path or type(module).__qualname__} {reason}"
     return None

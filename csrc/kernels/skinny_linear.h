@@ -6,7 +6,6 @@
 
 namespace chatterbox_fast {
 
-// rows of weight, a warp
 constexpr int kSkinnyRows = 8;  // of x, at most
 
 template <typename X, typename W>
