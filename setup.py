@@ -4,10 +4,11 @@ Environment variables:
     CHATTERBOX_FAST_CUDA   unset: CUDA kernels where they can be built; 1: an error where they
                            cannot; 0: CPU ops only.
     TORCH_CUDA_ARCH_LIST   architectures; default: those of the visible GPUs, else 8.9+PTX.
-    CUDA_HOME, MAX_JOBS    as torch reads them.
+    CUDA_HOME              the toolkit; default: the one in site-packages, else that of PATH.
+    MAX_JOBS               as torch reads it.
 
-What could not be built is written to ``chatterbox_fast/_build.json``, so that the first import
-can say it in one line.
+The first import says in one line what could not be built: from ``chatterbox_fast/_build.json``,
+or, where there are no CUDA kernels, from the extension itself.
 """
 
 from __future__ import annotations

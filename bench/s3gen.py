@@ -2,8 +2,9 @@
 
     python bench/s3gen.py [--size full] [--seconds 2 5 10 20] [--prompt 10] [--json FILE]
 
-Random weights, random tokens, a random voice of `--prompt` seconds. Every stage gets the input that
-stock's stage before it leaves, and draws what it draws in a request. Stages: encoder (tokens to
+Random weights, random tokens, a random voice of `--prompt` seconds. Encoder and
+solver get what stock's stage before them leaves, the vocoder a random mel; every stage draws what
+it draws in a request. Stages: encoder (tokens to
 what the flow is conditioned on), solver (all Euler steps), flow (both, as a request runs them: on a
 GPU in one CUDA graph), vocoder (F0, source, waveform), total (`S3Gen.inference`). "stock, compiled"
 is stock with torch.compile around the estimator and the vocoder's decode.
@@ -157,7 +158,7 @@ class Utterance:
             assert mel is not None
             nothing = mel.new_zeros(1, 1, 0)
             return runner.vocoder_inference(
-                vocoder, mel, nothing, generator=None, cpu_generator=None
+                vocoder, mel, nothing, generator=None, phase_generator=None
             )[0]
 
         return {

@@ -218,17 +218,37 @@ def operations(step: Any) -> int | None:
     return dispatched.count
 
 
-def measure(steps: dict[str, Any], count: int, device: torch.device) -> dict[str, list[float]]:
-    """Microseconds of `count` steps of each, in rounds: what disturbs the machine disturbs all."""
+def measure(
+    steps: dict[str, Any], count: int, device: torch.device, failures: dict[str, str]
+) -> dict[str, list[float]]:
+    """Microseconds of `count` steps of each, in rounds: what disturbs the machine disturbs all.
+
+    What fails is noted and left out; the rest goes on.
+    """
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(ROUNDS):
-        for name, step in steps.items():
-            step()  # the caches are another's
-            for _ in range(-(-count // ROUNDS)):
-                start = now(device)
-                step()
-                samples[name].append(1e6 * (now(device) - start))
+        for name in list(samples):
+            try:
+                samples[name] += timed(steps[name], -(-count // ROUNDS), device)
+            except Exception as error:
+                note(failures, name, error)
+                del samples[name]
     return samples
+
+
+def timed(step: Any, count: int, device: torch.device) -> Iterator[float]:
+    """Microseconds of each of `count` steps, after one: the caches were another's."""
+    step()
+    for _ in range(count):
+        start = now(device)
+        step()
+        yield 1e6 * (now(device) - start)
+
+
+def note(failures: dict[str, str], name: str, error: Exception) -> None:
+    """What does not run is reported, and the rest goes on."""
+    failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    print(f"{name}: {failures[name]}", flush=True)
 
 
 def read_bandwidth(device: torch.device) -> float:
@@ -270,11 +290,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(arguments.device)
     t3 = random_t3("english", arguments.size).to(device)
     bandwidth = read_bandwidth(device)
-    results, failures = [], {}
+    results: list[Any] = []
+    failures: dict[str, str] = {}
     makers = [
         (name, make)
         for name, make in variants(t3)
-        if not arguments.only or any(part in name for part in arguments.only)
+        if (not arguments.only or any(part in name for part in arguments.only))
+        and not any(part in name for part in arguments.without)
     ]
     for positions in arguments.positions:
         steps, counts = {}, {}
@@ -283,10 +305,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 step = make(positions, arguments.steps + 4 + 2 * ROUNDS)
                 counts[name] = operations(step)
                 steps[name] = step
-            except Exception as error:  # what does not run is reported, and the rest goes on
-                failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(f"{name}: {failures[name]}", flush=True)
-        for name, samples in measure(steps, arguments.steps, device).items():
+            except Exception as error:
+                note(failures, name, error)
+        for name, samples in measure(steps, arguments.steps, device, failures).items():
             result = summary(name, positions, counts[name], steps[name].bytes, samples, bandwidth)
             print(result, flush=True)
             results.append(result)
@@ -309,6 +330,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--forced", type=int, default=16, help="tokens of the divergence; 0: none")
     parser.add_argument("--only", nargs="*", help="variants whose name has one of these")
+    parser.add_argument("--without", nargs="*", default=[], help="and none of these")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

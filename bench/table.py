@@ -133,7 +133,7 @@ def t3_decode_table(raw: dict[str, Any]) -> str:
             *rows,
             "",
             f"Medians; the ratio, ops and bandwidth at {lengths[0]} cached positions. KL: mean "
-            "divergence from float32 stock in nats, teacher-forced, at an entropy of "
+            "divergence from float32 stock in nats over a few forced tokens, at an entropy of "
             f"{divergence['entropy']:.1f}. {machine['device']}, {machine['threads']} threads, "
             f"torch {machine['torch']}, weights: {raw['weights']}, {raw['when'][:10]}, "
             f"commit {raw['commit']}.",

@@ -7,10 +7,17 @@ from types import FunctionType
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo import exc as dynamo
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+
+_LIMITS = ("FailOnRecompileLimitHit", "FailOnCacheLimitHit")
+"""What torch raises where it will not compile a function anew: now, and in old releases."""
+_FAILURES: tuple[type[Exception], ...] = (
+    dynamo.TorchDynamoException,
+    *(getattr(dynamo, name) for name in _LIMITS if hasattr(dynamo, name)),
+)
 
 
 class Compiled(Generic[Arguments, Result]):
@@ -35,7 +42,7 @@ class Compiled(Generic[Arguments, Result]):
         if self.eager_because is None:
             try:
                 return cast(Result, self._compiled(*args, **kwargs))
-            except (TorchDynamoException, FailOnRecompileLimitHit) as failure:
+            except _FAILURES as failure:
                 said = " ".join(str(failure).split("\n")[:2]).strip()  # whose, and what
                 self.eager_because = f"torch.compile failed: {said}"
         return self._eager(*args, **kwargs)

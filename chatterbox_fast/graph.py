@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from threading import Lock
+from typing import Any
 
 import torch
 
@@ -29,6 +30,49 @@ def settle(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
+def settle_all(device: torch.device) -> None:
+    """Waits for all streams of `device`: before memory is let go that they may still read."""
+    if device.type == "cuda":
+        with _capturing:
+            torch.cuda.synchronize(device)
+
+
+def free_cached(device: torch.device) -> None:
+    """Gives the driver back what nobody uses; torch 2.6 refuses to while somebody captures."""
+    if device.type == "cuda":
+        with _capturing:
+            torch.cuda.empty_cache()
+
+
+def captured_settings() -> tuple[Any, ...]:
+    """Settings that decide which kernels torch captures: other ones ask for other graphs."""
+    backends = torch.backends
+    if hasattr(backends.cudnn, "conv"):  # since torch 2.9, where both ways of setting them show
+        return backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
+    return backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32
+
+
+class Pool:
+    """Memory for graphs that never run at the same time: they share what they compute on the way.
+
+    Torch gives a stream again only what was freed on it, so all of them are captured on one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.handle = torch.cuda.graph_pool_handle()
+
+    def give_up(self) -> None:
+        """Ends a capture that torch could not end: its allocator would wait for the end for good.
+
+        It says so where there is nothing to end.
+        """
+        index = torch.cuda.current_device()
+        with suppress(RuntimeError, AttributeError):  # torch 2.6 has another name
+            torch._C._cuda_endAllocateToPool(index, self.handle)
+            torch._C._cuda_releasePool(index, self.handle)
+
+
 def why_no_graph(device: torch.device) -> str | None:
     """The reason why nothing is captured on `device`, or None."""
     if device.type != "cuda":
@@ -49,7 +93,7 @@ def drawing(
 
 
 def capture(
-    step: Callable[[], None], device: torch.device, pool: tuple[int, int] | None = None
+    step: Callable[[], None], device: torch.device, pool: Pool | None = None
 ) -> Callable[[], None]:
     """Captures `step`, which must neither read a value on the host, nor draw from torch's global
     generator, nor change what it allocates.
@@ -62,8 +106,7 @@ def capture(
     still meet it; requests with a seed have generators of their own.
 
     Args:
-        pool: of ``torch.cuda.graph_pool_handle``: graphs with the same one share the memory of
-            what they compute on the way. They must never run at the same time.
+        pool: what it computes on the way lies there; by default in one of its own.
 
     Returns:
         a function that replays it on the current stream.
@@ -73,7 +116,7 @@ def capture(
         CaptureError: anything else went wrong. The current stream is what it was.
     """
     try:
-        return _capture(step, device, pool)
+        return _capture(step, device, pool or Pool(device))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as failure:
@@ -83,11 +126,9 @@ def capture(
         raise CaptureError(f"the capture failed: {said}") from failure
 
 
-def _capture(
-    step: Callable[[], None], device: torch.device, pool: tuple[int, int] | None
-) -> Callable[[], None]:
+def _capture(step: Callable[[], None], device: torch.device, pool: Pool) -> Callable[[], None]:
+    stream = pool.stream
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -98,12 +139,16 @@ def _capture(
         with _capturing, torch.cuda.stream(stream):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # the graph cannot use what the two runs have left
-            _begin(graph, pool)
-            _run(step, graph)
+            try:
+                _begin(graph, pool)
+                _run(step, graph)
+            except BaseException:
+                pool.give_up()
+                raise
     return graph.replay
 
 
-def _begin(graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None) -> None:
+def _begin(graph: torch.cuda.CUDAGraph, pool: Pool) -> None:
     """Begins the capture with a generator of its own.
 
     Torch ties the state of its global generator to the capture: until that ends nobody else can
@@ -115,9 +160,7 @@ def _begin(graph: torch.cuda.CUDAGraph, pool: tuple[int, int] | None) -> None:
         own = shared.graphsafe_get_state()
         shared.graphsafe_set_state(shared.clone_state())
         try:
-            graph.capture_begin(
-                *(() if pool is None else (pool,)), capture_error_mode="thread_local"
-            )
+            graph.capture_begin(pool.handle, capture_error_mode="thread_local")
         finally:
             shared.graphsafe_set_state(own)
 

@@ -41,11 +41,18 @@ def parameters_of(root: nn.Module) -> list[nn.Parameter]:
 def signature(module: nn.Module) -> tuple[Any, ...]:
     """Changes when a parameter is replaced, moved, converted or written to.
 
+    It keeps what parameters' data lies in, so that nothing else comes to lie there meanwhile.
     Writing through ``parameter.data`` goes unnoticed, as it does for autograd, and so does writing
     into a parameter that was made in inference mode, of which torch keeps no count.
     """
     return tuple(
-        (p.data_ptr(), p.device, p.dtype, 0 if p.is_inference() else p._version)
+        (
+            p.untyped_storage(),
+            p.data_ptr(),
+            p.device,
+            p.dtype,
+            0 if p.is_inference() else p._version,
+        )
         for p in parameters_of(module)
     )
 
@@ -79,7 +86,7 @@ class Fingerprint:
 
     def _look(self, root: nn.Module) -> tuple[Any, ...]:
         """Attributes, methods of classes; how often tensors were written to, where and what."""
-        own = vars(root).items()
+        own = list(vars(root).items())  # at once: another thread may patch meanwhile
         return (
             {name: _without_root(each) for name, each in own if not is_ours(each)},
             # Flat: tuples by the thousand would set the garbage collector going.
@@ -127,7 +134,7 @@ def _inner_dictionaries(modules: list[nn.Module]) -> Iterator[dict[Any, Any]]:
     """torch's tables, a module's own, and its attributes that are dictionaries."""
     yield from _GLOBAL_HOOKS
     for module in modules:
-        for name, value in vars(module).items():
+        for name, value in list(vars(module).items()):
             if isinstance(value, dict) and name not in _BOOKKEEPING:
                 yield value
 

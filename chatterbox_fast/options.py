@@ -20,12 +20,13 @@ class Options:
             precision with all three on a GPU, never on a CPU. ``"auto"`` is exact on a CPU, bf16 on
             a GPU that has it, else fp16. Where a device gains nothing from one, exact runs, and
             report() says why.
-        backend: which implementation of each op to prefer; ``"auto"`` takes the fastest one that
-            is there. `CHATTERBOX_FAST_BACKEND` overrides it.
+        backend: which implementation of each op to prefer; ``"auto"``, as ``"cuda"``, takes the
+            extension (C++ on a CPU), else Triton, else plain torch, in which int8, and on a CPU
+            bf16, are not to be had. `CHATTERBOX_FAST_BACKEND` overrides it.
         compile: True runs T3's layers, the flow's blocks and the vocoder under torch.compile: the
             first request takes minutes longer.
         watermark: False leaves out Perth's watermark (stock always applies it).
-        progress: True shows stock's progress bar; it costs a terminal write per token.
+        progress: True shows stock's progress bar.
         strict: True raises where a site would otherwise be left to stock with a reason.
     """
 

@@ -57,7 +57,7 @@ def choose_float(
     # One thread of an EPYC with AVX2, medians of five: in bfloat16 the solver takes 6 times as long
     # as in float32, the vocoder 9 times. No CPU with AMX or AVX-512 has been measured.
     if device.type != "cuda":
-        return "exact", own, "a CPU is fastest in float32" if wanted != "exact" else why
+        return "exact", own, "S3Gen is float32 on a CPU" if wanted != "exact" else why
     if wanted in ("auto", "int8"):
         auto, why = _auto(device)
         why = why if wanted == "auto" else "int8 is T3's alone"

@@ -1,7 +1,7 @@
 """Plain-torch twin of every op: specification, fallback, test oracle and benchmark baseline.
 
-Nothing here reads a tensor's value on the host, so each runs in a CUDA graph and under fake
-tensors.
+Nothing here reads a tensor's value on the host, so each runs under fake tensors and, but for
+`exponential`, which draws from a generator, in a CUDA graph.
 """
 
 from __future__ import annotations

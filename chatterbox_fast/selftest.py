@@ -6,6 +6,7 @@ A wheel may have been built for another GPU, or run on a CPU that nobody tried.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,19 +83,21 @@ def _random(seed: int) -> Callable[..., Tensor]:
 
 
 def _skinny_linear(backend: str, device: torch.device) -> Iterator[Case]:
-    """Every dtype of weights, with and without what is fused, more inputs than one loop takes."""
-    kernel, inputs, outputs, normal = ops.skinny_linear_by(backend), 2100, 10, _random(0)
-    x, norm, residual = normal(2, inputs), normal(inputs), normal(2, outputs // 2)
-    weight = normal(outputs, inputs) / inputs**0.5
-    scale = torch.linspace(1, 2, outputs, **_FLOAT) / 1000
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+    """Every dtype of weights, with and without what is fused; vectors of them, more than one loop
+    takes, and single ones.
+    """
+    kernel, outputs, normal = ops.skinny_linear_by(backend), 10, _random(0)
+    scale, residual = torch.linspace(1, 2, outputs, **_FLOAT) / 1000, normal(2, outputs // 2)
+    dtypes = torch.float32, torch.bfloat16, torch.float16, torch.int8
+    for inputs, dtype in itertools.product((2112, 37), dtypes):
+        x, norm, weight = normal(2, inputs), normal(inputs), normal(outputs, inputs) / inputs**0.5
         narrow = dtype == torch.int8
         stored = (weight * 1000).clamp(-127, 127).round().to(dtype) if narrow else weight.to(dtype)
         plain = (x, stored, scale if narrow else None)
         for call, gated in (((*plain, None, None), False), ((*plain, norm, residual), True)):
             expected = reference.skinny_linear(*call, eps=1e-5, gated=gated)
             own = kernel(*(_on(device, tensor) for tensor in call), eps=1e-5, gated=gated)
-            yield f"{dtype} weights", own, expected
+            yield f"{dtype} weights, {inputs} inputs", own, expected
 
 
 def _decode_attention(backend: str, device: torch.device) -> Iterator[Case]:
@@ -150,14 +153,15 @@ def _padded_attention(backend: str, device: torch.device) -> Iterator[Case]:
 
 
 def _snake(backend: str, device: torch.device) -> Iterator[Case]:
-    """Every dtype; channels that no vector divides, and an argument of thousands."""
+    """Every dtype; channels that vectors divide and that none does; an argument of thousands."""
     kernel, normal = ops.snake_by(backend), _random(4)
-    x, alpha = normal(2, 9, 37), normal(37).abs() + 0.5
-    x[0, 0] *= 2000
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    for channels, dtype in itertools.product((40, 37), dtypes):
+        x, alpha = normal(2, 9, channels), normal(channels).abs() + 0.5
+        x[0, 0] *= 2000
         call = (x.to(dtype), alpha, 1 / alpha)
         own = kernel(*(tensor.to(device) for tensor in call))
-        yield f"{dtype}", own, reference.snake(*call)
+        yield f"{dtype}, {channels} channels", own, reference.snake(*call)
 
 
 def _istft(backend: str, device: torch.device) -> Iterator[Case]:

@@ -45,9 +45,9 @@ def threads() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def _english() -> Any:
+def _english(voices: tuple[Path, Path]) -> Any:
     model = random_model("english", "tiny", stop_after=12)
-    model.prepare_conditionals(VOICE_PROMPT)
+    model.prepare_conditionals(voices[0])
     return model
 
 
@@ -67,21 +67,40 @@ def t3() -> Any:
     return random_t3("english", "reduced")
 
 
+@pytest.fixture(scope="session")
+def whole_voice(_english: Any) -> Any:
+    """T3's conditioning of the whole shipped voice prompt, by stock."""
+    model = copy.copy(_english)
+    model.prepare_conditionals(VOICE_PROMPT)
+    return model.conds.t3
+
+
 @pytest.fixture
-def t3_cond(_english: Any) -> Any:
-    """The conditioning of the shipped voice prompt, by stock."""
-    cond = copy.copy(_english.conds.t3)
-    cond.cond_prompt_speech_emb = None  # stock leaves the embedding of another T3 there
-    return cond
+def t3_cond(whole_voice: Any) -> Any:
+    """The same as a test's own."""
+    return copy.copy(whole_voice)
 
 
 @pytest.fixture(scope="session")
-def other_voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped prompt a third higher and faster, 5.4 s: another voice to every encoder."""
+def voices(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two voices of two seconds: with longer ones S3Gen is most of every test's time."""
+    return two_voices(tmp_path_factory.mktemp("voices"), seconds=2)
+
+
+@pytest.fixture(scope="session")
+def long_voices(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two voices of more than five seconds, which Turbo asks for."""
+    return two_voices(tmp_path_factory.mktemp("long_voices"), seconds=5.2)
+
+
+def two_voices(folder: Path, seconds: float) -> tuple[Path, Path]:
+    """The shipped prompt's beginning, and a third higher and faster: two to every encoder."""
     samples, rate = soundfile.read(VOICE_PROMPT)
-    path = tmp_path_factory.mktemp("voice") / "other.wav"
-    soundfile.write(path, samples, int(rate * 1.3))
-    return path
+    paths = folder / "voice.wav", folder / "other.wav"
+    for path, speed in zip(paths, (1.0, 1.3), strict=True):
+        faster = int(rate * speed)
+        soundfile.write(path, samples[: int(seconds * faster)], faster)
+    return paths
 
 
 def instance_dictionaries(model: Any) -> dict[str, dict[str, int]]:

@@ -319,7 +319,13 @@ def test_pages_that_are_not_up_to_date(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_decode_bench_measures_and_renders() -> None:
     """Every variant runs, and both sides are charged for the same bytes."""
     arguments = argparse.Namespace(
-        device="cpu", size="tiny", positions=[40], steps=3, forced=3, only=["stock", "ours, exact"]
+        device="cpu",
+        size="tiny",
+        positions=[40],
+        steps=3,
+        forced=3,
+        only=["stock", "ours, exact"],
+        without=[],
     )
     raw = t3_decode.run(arguments)
     assert not raw["failures"]
@@ -382,7 +388,9 @@ def test_s3gens_stages_are_the_same_work(monkeypatch: pytest.MonkeyPatch) -> Non
 # ---- text to audio
 
 
-def test_end_to_end_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_to_end_measures_what_it_says(
+    voices: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     models = []
 
     def model(*arguments: Any, **settings: Any) -> Any:
@@ -390,7 +398,8 @@ def test_end_to_end_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> No
         return models[-1]
 
     monkeypatch.setattr(end_to_end, "random_model", model)
-    line = "--size tiny --seconds 0.4 --variants stock exact int8 --device cpu"
+    monkeypatch.setattr(end_to_end, "ten_seconds", lambda _: voices[0])
+    line = "--size tiny --seconds 0.4 --variants stock exact int8 --device cpu --rounds 2"
     raw = end_to_end.run(end_to_end.parser().parse_args(line.split()))
     assert "generate" not in vars(models[0]), "not patched any more"
     assert [each["variant"] for each in raw["end_to_end"]] == ["stock", "exact", "int8"]

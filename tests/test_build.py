@@ -183,6 +183,10 @@ def test_without_torch_the_python_part_installs_and_says_so(tree: Path) -> None:
 
 
 def test_a_wheel_holds_everything_and_its_import_says_what_is_missing(tree: Path) -> None:
+    """Of the ops their schemas alone: that they compile, this environment's extension shows."""
+    for source in (tree / "csrc").rglob("*.cpp"):
+        if source.name not in ("module.cpp", "registration.cpp"):
+            source.unlink()
     assert run_setup(tree, "bdist_wheel", CHATTERBOX_FAST_CUDA="0").startswith("ok")
     names = wheel_names(tree)
     assert {f"chatterbox_fast/{name}" for name in PACKED} <= names

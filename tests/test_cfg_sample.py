@@ -437,6 +437,7 @@ def gpu_case(source: random.Random, turbo: bool, vocabulary: int | None = None) 
         case.seen = torch.zeros(1, vocabulary, dtype=torch.bool)
         case.ids = torch.tensor([[0]])
         case.seen[0, 0] = True
+        case.rules["stop_token"] = min(case.rules["stop_token"], vocabulary - 1)
     for name in ("logits", "ids", "seen", "flags"):
         setattr(case, name, getattr(case, name).cuda())
     return case

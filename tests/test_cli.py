@@ -19,10 +19,11 @@ from chatterbox_fast.cli import main
 
 
 def test_demo_compares_and_writes_what_it_says(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, voices: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = tmp_path / "raw.json"
     arguments = ["--size", "tiny", "--tokens", "9", "--seed", "4", "--device", "cpu"]
+    arguments += ["--voice", str(voices[0])]
     assert main(["demo", *arguments, "--out", str(tmp_path), "--json", str(raw)]) == 0
     out = capsys.readouterr().out
     result = json.loads(raw.read_text())
@@ -31,6 +32,7 @@ def test_demo_compares_and_writes_what_it_says(
     assert result["mel_difference"] <= 3e-5  # of values up to 5: rounding
     assert result["audio_difference"] <= 1e-5
     assert result["weights"] == "random, tiny"
+    assert result["patched_t3"] == "engine, exact"
     for stages in (result["stock_seconds"], result["patched_seconds"]):
         assert tuple(stages) == demo.STAGES
         assert all(seconds > 0 for seconds in stages.values())
@@ -42,7 +44,10 @@ def test_demo_compares_and_writes_what_it_says(
 
 
 def test_demo_fails_where_tokens_differ(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    voices: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def greedy(
         logits: torch.Tensor, seen: torch.Tensor, *rest: torch.Tensor, **rules: object
@@ -56,8 +61,14 @@ def test_demo_fails_where_tokens_differ(
     assert selftest.why_failed("cfg_sample", "extension", torch.device("cpu")) is None
     monkeypatch.setattr(ops, "cfg_sample_by", lambda _: greedy)
     arguments = ["--size", "tiny", "--tokens", "9", "--device", "cpu", "--out", str(tmp_path)]
+    arguments += ["--voice", str(voices[0])]
     assert main(["demo", *arguments]) == 1
     assert "tokens equal: 10 of 10" not in capsys.readouterr().out
+    # What is not exact promises other things.
+    assert main(["demo", *arguments, "--precision", "int8"]) == 0
+    out = capsys.readouterr().out
+    assert "patched: engine, int8" in out
+    assert "tokens equal: 10 of 10" not in out
 
 
 def test_without_the_real_weights_random_ones_are_announced(

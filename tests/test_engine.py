@@ -224,6 +224,19 @@ def test_weights_that_change_are_seen(t3_cond: Any, monkeypatch: pytest.MonkeyPa
     assert len(calls) == 3 * 3, "the voice is computed with the new weights"
 
 
+def test_no_weight_comes_to_lie_where_another_was() -> None:
+    """Else what is exchanged twice between two requests would look as if it never was."""
+    t3 = random_t3("english", "tiny")
+    weight = t3.tfmr.norm.weight
+    engine, address = engine_of(t3), weight.data_ptr()
+    assert engine_of(t3) is engine
+    weight.data = torch.empty(0)
+    others = [torch.rand(1024) for _ in range(2000)]
+    assert address not in {each.data_ptr() for each in others}
+    weight.data = others[-1]
+    assert engine_of(t3) is not engine
+
+
 def test_an_engine_does_not_keep_its_t3_alive(t3_cond: Any) -> None:
     t3 = random_t3("english", "tiny")
     engines = Engines(Options())

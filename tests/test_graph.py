@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chatterbox_fast.graph import CaptureError, capture, drawing, why_no_graph
+from chatterbox_fast.graph import CaptureError, Pool, capture, drawing, why_no_graph
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -53,6 +54,8 @@ class Device:
         self.current = self.default = object()
         self.generator = Generator(State())
         self.pools: list[object] = []
+        self.recording: list[object] = []
+        self.released: list[object] = []
         self.captures = 0
         self.invalid = False
 
@@ -61,31 +64,45 @@ class Device:
         device = self
 
         class Stream:
+            def __init__(self, _: object = None) -> None: ...
+
             def wait_stream(self, other: object) -> None:
                 assert other is not self
 
         class Graph:
-            def capture_begin(self, *pool: object, capture_error_mode: str) -> None:
+            def capture_begin(self, pool: object, *, capture_error_mode: str) -> None:
                 assert capture_error_mode == "thread_local"
                 assert device.current is not device.default
                 device.captures += 1
                 self.state = device.generator.state
                 self.state.capturing = True
-                device.pools.extend(pool)
+                device.pools.append(pool)
+                device.recording.append(pool)
 
             def capture_end(self) -> None:
                 device.captures -= 1
                 if device.invalid:
                     raise RuntimeError("operation failed due to a previous error during capture")
+                device.recording.remove(device.pools[-1])
                 self.state.capturing = False
 
             def replay(self) -> None:
                 Generator(self.state).draw()
 
+        def end(_index: int, pool: object) -> None:
+            if pool not in device.recording:
+                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+            device.recording.remove(pool)
+
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+        release = lambda _index, pool: device.released.append(pool)  # noqa: E731
+        patch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+        handles = itertools.count()
         self.default = self.current = Stream()
         replaced: dict[str, Any] = {
             "device": lambda _: nullcontext(),
             "Stream": Stream,
+            "graph_pool_handle": lambda: (0, next(handles)),
             "CUDAGraph": Graph,
             "current_stream": lambda: device.current,
             "current_device": lambda: 0,
@@ -149,8 +166,14 @@ def test_others_draw_and_replay_while_a_capture_lasts(device: Device) -> None:
         drawn.append(in_another_thread(device.generator.draw))
         drawn.append(in_another_thread(earlier))
 
-    capture(nth_run(3, elsewhere), GPU, (0, 7))()
-    assert device.pools == [(0, 7)]
+    pool, streams = Pool(GPU), []
+    capture(nth_run(3, elsewhere), GPU, pool)()
+    for number in (1, 3):
+        capture(nth_run(number, lambda: streams.append(device.current)), GPU, pool)
+    assert streams == [pool.stream] * 2, "memory goes from graph to graph on one stream alone"
+    assert device.pools[1:] == [pool.handle] * 3
+    assert device.pools[0] != pool.handle
+    assert device.recording == device.released == []
     assert drawn == [4, None]
     assert device.generator.draw() == 8, "nothing was drawn twice"
     assert device.current is device.default
@@ -197,7 +220,7 @@ def test_a_draw_waits_while_a_capture_begins(monkeypatch: pytest.MonkeyPatch) ->
         with drawing(GPU, None):
             drawn.set()
 
-    whole = torch.cuda.CUDAGraph.capture_begin
+    whole: Any = torch.cuda.CUDAGraph.capture_begin
 
     def slowly(*pool: object, **mode: Any) -> None:
         begins.set()
@@ -237,6 +260,8 @@ def test_a_capture_that_fails_leaves_nothing_behind(device: Device, ends: bool) 
         capture(nth_run(3, look), GPU)
     assert device.current is device.default
     assert device.captures == 0
+    assert device.recording == [], "the allocator would wait for its end, and free nothing"
+    assert device.released == ([] if ends else device.pools[-1:]), "else the graph releases it"
     assert device.generator.draw() == 4
     earlier()
     device.invalid = False

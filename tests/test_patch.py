@@ -90,7 +90,8 @@ def test_a_second_model_is_not_touched(english: Any) -> None:
         assert report(other)[0].why == "not patched"
 
 
-def test_copies_of_a_patched_model_are_stock(english: Any, other_voice: Path) -> None:
+def test_copies_of_a_patched_model_are_stock(english: Any, voices: tuple[Path, Path]) -> None:
+    other_voice = voices[1]
     torch.manual_seed(4)
     english.conds, before = copy.copy(english.conds), english.conds
     expected = stock_after_seed(english, 4, audio_prompt_path=other_voice)
@@ -243,6 +244,14 @@ def test_what_others_replaced_is_left_alone(english: Any) -> None:
         del english.t3.inference
 
 
+def test_an_inference_put_into_t3s_class_after_patch_is_called(
+    english: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with patched(english):
+        monkeypatch.setattr(type(english.t3), "inference", lambda self, **_: (self, "theirs"))
+        assert english.t3.inference(t3_cond=None) == (english.t3, "theirs")
+
+
 def test_another_vocoder_is_left_alone(english: Any) -> None:
     stock, english.s3gen.mel2wav = english.s3gen.mel2wav, torch.nn.Identity()
     try:
@@ -308,9 +317,9 @@ def test_the_report_says_what_has_no_engine(english: Any) -> None:
         assert engine.why == "a CPU gains nothing from fp16; graphs are a GPU's"
         flow, vocoder = row(english, "s3gen.flow"), row(english, "s3gen.vocoder")
         assert flow[1:] == (
-            "engine, exact", "cpu, compiled", "a CPU is fastest in float32; graphs are a GPU's"
+            "engine, exact", "cpu, compiled", "S3Gen is float32 on a CPU; graphs are a GPU's"
         )  # fmt: skip
-        assert vocoder[1:] == ("engine, exact", "cpu, compiled", "a CPU is fastest in float32")
+        assert vocoder[1:] == ("engine, exact", "cpu, compiled", "S3Gen is float32 on a CPU")
         assert row(english, "watermark").runs == "none"
         for op in dispatch.OPS:
             if op == "snake":

@@ -191,10 +191,12 @@ def test_after_a_failed_capture_it_runs_eagerly(
     small: FlowEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = inputs(5, 2)
+    small.mel(*inputs(12, 2), 2)
     failure = CaptureError("the capture failed: it was raining")
     monkeypatch.setattr(engines, "capture", failing(failure))
     assert torch.equal(small.mel(*own, 2), eager_mel(small, own, 2))
     assert small.eager_because == "the capture failed: it was raining"
+    assert len(small._buckets) == 0, "nobody will use their memory"
 
 
 def test_a_size_without_room_runs_eagerly_and_lets_the_others_be(
@@ -293,13 +295,19 @@ def test_the_engines_device_waits_for_the_one_before(
 def test_the_next_one_waits_for_the_end_of_this(
     small: FlowEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = mock.Mock()  # a bucket whose mel is on a GPU
+    calls = mock.Mock()  # a bucket on a GPU
     monkeypatch.setattr(torch.cuda, "current_stream", calls.stream)
+    monkeypatch.setattr(small, "device", torch.device("cuda"))
     small._buckets.get((8, 2), lambda: calls.bucket)
     assert small.mel(*inputs(5, 2), 2) is calls.bucket.mel.return_value
     calls.stream.assert_called_once_with(small.device)
     assert calls.mock_calls[0][0] == "bucket.mel"
     assert small._done is calls.stream.return_value.record_event.return_value
+    small._done = None
+    calls.bucket.mel.side_effect = torch.OutOfMemoryError("no room for a copy")
+    with pytest.raises(torch.OutOfMemoryError):
+        small.mel(*inputs(5, 2), 2)
+    assert small._done is not None, "its graph runs all the same"
 
 
 def test_threads_take_turns(small: FlowEngine) -> None:
@@ -323,6 +331,7 @@ def test_threads_take_turns(small: FlowEngine) -> None:
 
 @pytest.mark.gpu
 def test_a_graph_is_what_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     flow = rough_s3gen().flow.cuda()
     engine = FlowEngine(flow, Options.of(precision="exact"))
     assert engine.eager_because is None

@@ -239,6 +239,34 @@ def test_what_is_not_stocks_is_left_to_stock() -> None:
     assert why_flow_unsupported(s3gen.mel2wav) is not None
 
 
+def test_estimators_that_stock_does_not_have() -> None:
+    flow = rough_s3gen().flow
+    flow.token_mel_ratio = 4
+    assert "has token_mel_ratio 4, not 2" in str(why_flow_unsupported(flow))
+    flow.token_mel_ratio = 2
+    middle = flow.decoder.estimator.mid_blocks
+    flow.decoder.estimator.mid_blocks = nn.ModuleList()
+    assert why_flow_unsupported(flow) == "the estimator has no transformer in the middle"
+    flow.decoder.estimator.mid_blocks = middle
+    middle[0][1] = nn.ModuleList()
+    assert why_flow_unsupported(flow) == "the estimator has no transformer in the middle"
+
+
+def test_a_larger_embedding_takes_more_tokens() -> None:
+    """Stock asks the embedding, not vocab_size."""
+    s3gen = rough_s3gen()
+    more = nn.Embedding(6570, s3gen.flow.input_embedding.embedding_dim)
+    s3gen.flow.input_embedding = more
+    arguments = utterance()
+    arguments["token"][0, 3] = 6569
+    expected = mel(s3gen, arguments)
+    with Engine(s3gen):
+        assert relative(mel(s3gen, arguments), expected) < 1e-5
+        arguments["token"][0, 3] = 6570
+        with pytest.raises(IndexError, match=r"must be in \[0, 6570\), got 6570"):
+            mel(s3gen, arguments)
+
+
 def test_training_runs_stock(s3gen: Any) -> None:
     arguments = utterance()
     s3gen.flow.train()
@@ -331,7 +359,13 @@ def test_a_kept_engine_goes_with_the_environment(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(f"CHATTERBOX_FAST_{name}", value)
         found.append(engines.of(module))
         assert engines.of(module) is found[-1]
-    assert len(set(map(id, found))) == 3
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = not before  # a graph would keep the old kernels
+        found.append(engines.of(module))
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    assert len(set(map(id, found))) == 4
 
 
 def test_engines_are_kept_as_long_as_weights(s3gen: Any) -> None:

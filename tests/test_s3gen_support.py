@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from s3gen_toolkit import rough_s3gen
+from s3gen_toolkit import rough_s3gen, utterance
 from torch import nn
 
 from chatterbox_fast import patched, report
@@ -249,6 +249,26 @@ def test_what_somebody_put_there_is_called(kind: Any) -> None:
         assert called == [1, 1]
         del vocoder.decode
         assert runs() == "engine, exact"
+
+
+def test_what_somebody_puts_into_a_class_after_patch_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, called = random_model("vc", "tiny"), []
+
+    def mine(self: Any, *_: Any, **__: Any) -> None:
+        called.append(type(self).__name__)
+
+    s3gen = model.s3gen
+    with patched(model):
+        for owner, name in (
+            (s3gen.mel2wav, "inference"), (s3gen.flow, "inference"), (s3gen, "flow_inference"),
+        ):  # fmt: skip
+            monkeypatch.setattr(type(owner), name, mine)
+        s3gen.mel2wav.inference(torch.zeros(1, 80, 4))
+        s3gen.flow.inference(**utterance())
+        s3gen.flow_inference(torch.zeros(1, 3, dtype=torch.long), ref_dict={})
+    assert called == ["HiFTGenerator", "CausalMaskedDiffWithXvec", type(s3gen).__name__]
 
 
 def test_what_changes_inside_of_an_attribute_is_noticed() -> None:

@@ -96,7 +96,7 @@ def test_f0_is_float32_on_a_gpu(exact: Any, weights: VocoderWeights) -> None:
     )
     mel = torch.randn(1, 200, 80, generator=torch.Generator().manual_seed(2))
     oracle = f0(pack_vocoder(exact), mel.double())
-    with torch.backends.cudnn.flags(allow_tf32=True):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
         found = f0(gpu, mel.cuda())
     assert relative(found.double().cpu(), oracle) < 1e-5
 
@@ -118,7 +118,7 @@ def test_each_device_has_its_own_generator(
     mel = torch.empty(1, 80, 4, device="meta")
     engine = mock.Mock(weights=weights)
     site.serve_vocoder(engine, {"speech_feat": mel, "cache_source": mel})
-    assert run.call_args.kwargs == {"generator": "meta", "cpu_generator": "cpu"}
+    assert run.call_args.kwargs == {"generator": "meta", "phase_generator": "cpu"}
 
     def draws(phase: int) -> Draws:
         seeds = (torch.Generator().manual_seed(seed) for seed in (1, phase))
@@ -154,6 +154,15 @@ def test_a_mel_without_frames_or_of_another_kind(s3gen: Any) -> None:
             with pytest.raises(stocks.type):
                 sound(mel2wav, bad)
         assert torch.equal(sound(mel2wav, good), before)
+
+
+def test_without_onednn_it_is_the_same(s3gen: Any) -> None:
+    """torch's own convolutions return another order of dimensions, as those of a GPU do."""
+    mel = torch.randn(1, 80, 6)
+    with Engine(s3gen):
+        expected = sound(s3gen.mel2wav, mel)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert relative(sound(s3gen.mel2wav, mel), expected) < 1e-4
 
 
 def test_extreme_mels_stay_finite(s3gen: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tokens_of
+from torch import Tensor
 
 from chatterbox_fast import ops, patched, precision, report, selftest
 from chatterbox_fast.options import Options
@@ -67,14 +68,24 @@ def test_torchs_defaults_do_not_matter(op: str, dtype: torch.dtype) -> None:
         torch.set_default_dtype(before)
 
 
+@pytest.mark.parametrize("vectors", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_skinny_linear_that_is_wrong_with_a_dtype(broken: Any, dtype: torch.dtype) -> None:
+def test_a_skinny_linear_that_is_wrong_with_a_dtype(
+    broken: Any, dtype: torch.dtype, vectors: bool
+) -> None:
+    """In a kernel's loop over 16 bytes of weights at a time, or in the one over single ones."""
+
+    def is_wrong(w: Tensor) -> bool:
+        return w.dtype == dtype and (w.shape[1] % 16 == 0) == vectors
+
     broken("skinny_linear", lambda right, x, w, *rest, **how: (
-        right(x, w, *rest, **how) * (1 + (w.dtype == dtype) / 100)
+        right(x, w, *rest, **how) * (1 + is_wrong(w) / 100)
     ))  # fmt: skip
     assert chosen("skinny_linear") == (
-        "reference", f"skinny_linear is wrong on this machine with {dtype} weights"
-    )  # fmt: skip
+        "reference",
+        f"skinny_linear is wrong on this machine with {dtype} weights, "
+        f"{2112 if vectors else 37} inputs",
+    )
     precise = precision.choose_precision(Options(precision="int8"), CPU, torch.float32)
     assert (precise.precision, precise.linear.backend) == ("exact", "torch")
     assert "is wrong on this machine" in precise.why
@@ -197,3 +208,8 @@ def test_an_op_of_s3gen_that_is_wrong_with_a_dtype(
     found = chosen(op)
     assert found.backend == "reference"
     assert found.reason.startswith(f"{op} is wrong on this machine with ")
+
+
+def test_a_snake_that_is_wrong_where_it_loads_vectors(broken: Any) -> None:
+    broken("snake", lambda right, x, *rest: right(x, *rest) * (1 + (x.shape[-1] % 8 == 0) / 20))
+    assert chosen("snake").reason.endswith("with torch.float32, 40 channels")

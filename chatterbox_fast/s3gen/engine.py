@@ -14,7 +14,17 @@ from torch import Tensor
 from .. import selftest
 from ..compiling import Compiled
 from ..dispatch import Choice, requested_backend
-from ..graph import CaptureError, capture, graphs_wanted, settle, why_no_graph
+from ..graph import (
+    CaptureError,
+    Pool,
+    capture,
+    captured_settings,
+    free_cached,
+    graphs_wanted,
+    settle,
+    settle_all,
+    why_no_graph,
+)
 from ..modules import Fingerprint
 from ..options import Options
 from ..precision import choose_float
@@ -29,7 +39,7 @@ TABLES = 4
 """Numbers of Euler steps whose tables are kept."""
 BUCKETS = 24
 """Captured sizes that are kept, as many as there are for one number of steps: 2 to 20 s of audio
-after a prompt of 10 s are nine already. What they compute on the way they share."""
+after a prompt of 10 s are eight already. What they compute on the way they share."""
 
 
 class FlowEngine:
@@ -98,7 +108,7 @@ class FlowEngine:
                 if mel is not None:
                     return mel
             except CaptureError as failure:
-                self.eager_because = str(failure)
+                self._stay_eager(str(failure))
         frames = noise.shape[1]
         mu = encode(self.encoder, tokens)[:, :frames]
         prompt = F.pad(prompt, (0, 0, 0, frames - prompt.shape[1]))
@@ -123,10 +133,23 @@ class FlowEngine:
                 torch.cuda.current_stream(self.device).wait_event(self._done)
             if (bucket := self._bucket(key)) is None:
                 return None
-            mel = bucket.mel(*inputs)
-            if mel.is_cuda:
-                self._done = torch.cuda.current_stream(self.device).record_event()
-        return mel
+            try:
+                return bucket.mel(*inputs)
+            finally:
+                if self.device.type == "cuda":
+                    self._done = torch.cuda.current_stream(self.device).record_event()
+
+    def _stay_eager(self, why: str) -> None:
+        """No graphs from now on, nor what those that there are take."""
+        self.eager_because = why
+        with self._turn:
+            settle_all(self.device)
+            self._forget()
+
+    def _forget(self) -> None:
+        self._buckets.clear()
+        self._pool = self._new_pool()  # torch takes none again whose graphs are all gone
+        free_cached(self.device)
 
     def _bucket(self, key: tuple[int, int]) -> Bucket | None:
         """A bucket, if need be in place of all others; None where even that is not enough."""
@@ -143,16 +166,13 @@ class FlowEngine:
             except torch.OutOfMemoryError:
                 alone = len(self._buckets) == 0
             # Not before the exception is gone, which keeps the half-made bucket alive.
-            self._buckets.clear()
-            self._pool = self._new_pool()  # torch takes none again whose graphs are all gone
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._forget()
             if alone:
                 self._too_large.add(key)
                 return None
 
-    def _new_pool(self) -> tuple[int, int] | None:
-        return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+    def _new_pool(self) -> Pool | None:
+        return Pool(self.device) if self.device.type == "cuda" else None
 
 
 class VocoderEngine:
@@ -212,13 +232,15 @@ class Engines(Generic[Engine]):
         """
         if torch.is_autocast_enabled(next(module.parameters()).device.type):
             return "torch.autocast is on"
-        asked = requested_backend(self._options.backend), graphs_wanted()
+        asked = requested_backend(self._options.backend), graphs_wanted(), captured_settings()
         if (known := self._known(module, asked)) is not None:
             return known  # after milliseconds, which nobody else waited for
         with self._lock:
             if (known := self._known(module, asked)) is not None:
                 return known  # somebody else's, of meanwhile
-            self._of.pop(module, None)
+            if module in self._of:
+                settle_all(next(module.parameters()).device)
+                del self._of[module]
             now = Fingerprint(module)
             found: Engine | str | None = self._why_unsupported(module)
             if found is None:

@@ -2,8 +2,8 @@
 
 Sequences are ``(B, T, C)``, channels last, so that no layer transposes what the next one reads.
 A layer whose matrix is in half precision takes its input to that, and its output is in that too;
-norms and what residuals are added to stay in float32 (or whatever the model's own dtype is). In
-float16 nothing becomes infinite.
+norms, and what the flow's residuals are added to, stay in float32 (or whatever the model's own
+dtype is). In float16 nothing becomes infinite.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class SequenceConv(NamedTuple):
 
     Attributes:
         weight: ``(N, C, 1, K)`` in channels-last order: a one-dimensional convolution is an image
-            of height 1, for which torch has channels-last kernels (on a CPU they take a half to
-            nine tenths of the time of its one-dimensional ones).
+            of height 1, for which torch has channels-last kernels (faster on the CPU that was
+            measured).
         bias: ``(N,)`` or None.
     """
 

@@ -58,11 +58,10 @@ def read_utterance(flow: Any, engine: FlowEngine, arguments: dict[str, Any]) -> 
     lengths = arguments["token_len"] + arguments["prompt_token_len"]
     facts = torch.stack([tokens.amin(), tokens.amax(), *(lengths.long().aminmax())])
     lowest, highest, shortest, longest = facts.tolist()
-    if lowest < 0 or highest >= flow.vocab_size:
+    known = len(engine.encoder.tokens)
+    if lowest < 0 or highest >= known:
         bad = lowest if lowest < 0 else highest
-        raise IndexError(
-            f"chatterbox_fast: speech tokens must be in [0, {flow.vocab_size}), got {bad}"
-        )
+        raise IndexError(f"chatterbox_fast: speech tokens must be in [0, {known}), got {bad}")
     if not shortest == longest == tokens.shape[1] <= engine.encoder.longest:
         return None
     return Utterance(tokens, speaker.expand(rows, -1), prompt.expand(rows, -1, -1))
@@ -168,17 +167,17 @@ def vocoder_inference(
     cache_source: Tensor,
     *,
     generator: torch.Generator | None,
-    cpu_generator: torch.Generator | None,
+    phase_generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     """The waveform ``(B, L)`` of mel ``(B, T, 80)``, and its excitation ``(B, 1, L)``.
 
     Args:
         cache_source: ``(B, 1, N)``, takes the place of the first N samples of the excitation.
         generator: what the noise is drawn from; None is torch's global generator.
-        cpu_generator: the same for the phase, which stock draws on the CPU.
+        phase_generator: the same for the phase, which stock draws on torch's default device.
     """
     vocoder = engine.weights
-    draws = draw_source(vocoder, mel, generator, cpu_generator)
+    draws = draw_source(vocoder, mel, generator, phase_generator)
     excitation = source(vocoder, f0(vocoder, mel), draws)
     if cache_source.shape[2] != 0:
         excitation[:, :, : cache_source.shape[2]] = cache_source
@@ -189,12 +188,13 @@ def draw_source(
     vocoder: VocoderWeights,
     mel: Tensor,
     generator: torch.Generator | None,
-    cpu_generator: torch.Generator | None,
+    phase_generator: torch.Generator | None,
 ) -> Draws:
     """Stock's draws in stock's order, the last of which stock does not use."""
     rows, samples = len(mel), mel.shape[1] * vocoder.upsample
-    harmonics = len(vocoder.harmonics)
-    phase = torch.rand(rows, harmonics, 1, generator=cpu_generator, device="cpu")
+    harmonics, default = len(vocoder.harmonics), torch.get_default_device()
+    with drawing(default, phase_generator):
+        phase = torch.rand(rows, harmonics, 1, generator=phase_generator, device=default)
     phase = phase.mul_(2 * math.pi).sub_(math.pi)
     phase[:, 0] = 0
     with drawing(mel.device, generator):

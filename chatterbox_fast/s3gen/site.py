@@ -96,9 +96,10 @@ def make_flow_inference(stock: Callable[..., Any]) -> Callable[..., Any]:
         given = signature.bind(self, *args, **kwargs)
         tokens = given.arguments["speech_tokens"]
         if given.arguments.get("speech_token_lens") is None and torch.is_tensor(tokens):
-            rows, count = torch.atleast_2d(tokens).shape
-            given.arguments["speech_token_lens"] = torch.full((rows,), count, device=self.device)
-        return stock(*given.args, **given.kwargs)
+            shape = torch.atleast_2d(tokens).shape
+            lengths = torch.full(shape[:1], shape[-1], device=self.device)
+            given.arguments["speech_token_lens"] = lengths
+        return type(self).flow_inference(*given.args, **given.kwargs)
 
     return flow_inference
 
@@ -119,7 +120,7 @@ def make_inference(
     engines: Engines[Engine],
     serve: Callable[[Engine, dict[str, Any]], Any],
 ) -> Callable[..., Any]:
-    """One of S3Gen's stages: the engine where it computes the same as stock, else stock.
+    """One of S3Gen's stages: the engine where it computes the same as stock, else its class's own.
 
     Args:
         serve: (engine, stock's arguments by name) -> what stock returns; None where stock must run.
@@ -134,7 +135,7 @@ def make_inference(
             given.apply_defaults()
             if (served := serve(engine, given.arguments)) is not None:
                 return served
-        return stock(self, *args, **kwargs)
+        return type(self).inference(self, *args, **kwargs)
 
     return inference
 
@@ -170,5 +171,5 @@ def serve_vocoder(engine: VocoderEngine, arguments: dict[str, Any]) -> Any:
             mel,
             arguments["cache_source"],
             generator=request.generator(mel.device),
-            cpu_generator=request.generator(torch.device("cpu")),
+            phase_generator=request.generator(torch.get_default_device()),
         )

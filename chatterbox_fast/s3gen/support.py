@@ -75,6 +75,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "_chunk_size": None,
     },
     "CausalConv1d": _PLAIN_CONV,
+    "CausalMaskedDiffWithXvec": {"token_mel_ratio": 2},
     "ConditionalDecoder": {"causal": True, "static_chunk_size": 0},
     "ConformerEncoderLayer": {
         "conv_module": None,
@@ -254,6 +255,8 @@ def _why_not_estimator(estimator: Any) -> str | None:
     blocks = len(estimator.down_blocks), len(estimator.up_blocks)
     if blocks != (1, 1):
         return f"the estimator has {blocks[0]} down and {blocks[1]} up blocks, not one of each"
+    if not estimator.mid_blocks or not estimator.mid_blocks[0][1]:
+        return "the estimator has no transformer in the middle"
     if estimator.down_blocks[0][0].res_conv.bias is None:
         return "the estimator's first res_conv has no bias"
     for stage in (*estimator.down_blocks, *estimator.mid_blocks, *estimator.up_blocks):

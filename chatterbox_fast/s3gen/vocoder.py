@@ -40,7 +40,8 @@ class Snake(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(B, T, C)``, as x, which is not changed."""
-        return ops.snake_by(self.by)(x, self.alpha, self.inverse)
+        # A convolution without cuDNN or oneDNN leaves it in another order.
+        return ops.snake_by(self.by)(x.contiguous(), self.alpha, self.inverse)
 
 
 class ResBlock(NamedTuple):

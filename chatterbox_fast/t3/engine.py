@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, selftest
-from ..graph import CaptureError, capture, graphs_wanted, settle, why_no_graph
+from ..graph import (
+    CaptureError,
+    capture,
+    captured_settings,
+    free_cached,
+    graphs_wanted,
+    settle,
+    settle_all,
+    why_no_graph,
+)
 from ..modules import signature
 from ..options import Options
 from ..overrides import is_ours
@@ -110,8 +119,7 @@ class Engine:
         """Lets buffers, graphs and voices go; what requests use now stays theirs."""
         self.slots.clear()
         self._voices.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_cached(self.device)
 
     def _new_slot(self, rows: int, capacity: int) -> Slot:
         weights, layers = self.weights.decode, self.layers
@@ -154,11 +162,14 @@ class Engines:
             torch.OutOfMemoryError: the weights could not be packed.
         """
         with self._lock:
-            asked = dispatch.requested_backend(self._options.backend), graphs_wanted()
+            backend = dispatch.requested_backend(self._options.backend)
+            asked = backend, graphs_wanted(), captured_settings()
             known, engine = self._of.get(t3, (None, None))
             if engine is not None and known == (asked, signature(t3)):
                 return engine
-            del engine  # its memory is the new one's
+            if engine is not None:
+                settle_all(engine.device)
+            del engine, known  # their memory is the new one's
             self._of.pop(t3, None)
             try:
                 engine = self._new(t3)
@@ -195,6 +206,7 @@ class Engines:
         with self._lock:
             _, engine = self._of.pop(t3, (None, None))
             if engine is not None:
+                settle_all(engine.device)
                 engine.clear()
                 del engine
             self._bring_home()
@@ -218,8 +230,7 @@ def out_of_memory(device: torch.device, said: str) -> torch.OutOfMemoryError:
     Args:
         said: torch's own message. Not its exception, which keeps the request's buffers alive.
     """
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_cached(device)
     return torch.OutOfMemoryError(
         f"chatterbox_fast: T3 ran out of memory on {device}. Its cached buffers, graphs and "
         "voices are freed now, and the model is usable. Fewer requests at once, a shorter text or "

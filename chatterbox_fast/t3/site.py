@@ -98,7 +98,7 @@ def make_t3_inference(stock: Callable[..., Any], *, engines: Engines) -> Callabl
     def inference(self: Any, **arguments: Any) -> Any:
         if why_unsupported(self) is not None:
             with one_at_a_time:
-                return stock(self, **arguments)
+                return type(self).inference(self, **arguments)
         generator = current_request().generator(self.device)
         with drawing_by_name():
             return runner.inference(self, engines.of(self), **arguments, generator=generator)

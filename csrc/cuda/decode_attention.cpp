@@ -3,7 +3,6 @@
 #include "decode_attention.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
@@ -63,7 +62,10 @@ at::Tensor decode_attention(const at::Tensor& qkv, at::Tensor k_cache, at::Tenso
   const int64_t pairs = sizes.rows * sizes.heads;
   if (pairs == 0) return out;
   if (splits == 0) {
-    const int multiprocessors = at::cuda::getCurrentDeviceProperties()->multiProcessorCount;
+    // Not by torch's CUDAContext.h, which needs the headers of cuBLAS and its like.
+    int multiprocessors = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
+                                          qkv.device().index()));
     splits = decode_attention_splits(pairs, sizes.capacity, multiprocessors);
   }
   at::Tensor partials;

@@ -260,9 +260,11 @@ RT_DEVICE void keep_top_p(const SamplingBlock<T>& block, float top, float (&scor
   if (threadIdx.x % 32 == 0)
     atomicAdd(total, own);  // one a warp: 64-bit adds spin in shared memory
   __syncthreads();
-  if (*total == 0) return;  // no id is left
+  const unsigned long long whole = *total;
+  __syncthreads();         // read by all before scratch is written again
+  if (whole == 0) return;  // no id is left
   const auto limit = static_cast<unsigned long long>(
-      static_cast<double>(block.params.one_minus_top_p) * static_cast<double>(*total));
+      static_cast<double>(block.params.one_minus_top_p) * static_cast<double>(whole));
   const auto weight = [&](int k) { return mass(scores[k], top); };
   const auto lowest = radix_select<kThreads, kItems>(scores, limit, 6, block.weighing, weight);
 #pragma unroll(kUnrolled<kItems>)

@@ -50,10 +50,8 @@ class Forced:
 
 
 @pytest.fixture(scope="module", params=WEIGHT_SEEDS)
-def forced(request: pytest.FixtureRequest, _english: Any) -> Forced:
-    cond = copy.copy(_english.conds.t3)
-    cond.cond_prompt_speech_emb = None
-    return Forced(request.param, cond)
+def forced(request: pytest.FixtureRequest, whole_voice: Any) -> Forced:
+    return Forced(request.param, whole_voice)
 
 
 def test_the_measure_is_right(forced: Forced) -> None:
@@ -105,5 +103,8 @@ def test_on_a_gpu(seed: int, t3_cond: Any) -> None:
     assert divergences["exact"] < 1e-8
     assert 0 < divergences["bf16"] <= stock["bf16"]
     assert 0 < divergences["fp16"] <= stock["fp16"]
-    on_cpu = Forced(seed, t3_cond).ours("int8").to("cuda")  # the same rounded weights
+    same = copy.copy(forced)  # the same tokens and rounded weights, on the CPU
+    same.t3, same.cond = copy.deepcopy(forced.t3).cpu(), copy.deepcopy(forced.cond).to(device="cpu")
+    same.text, same.tokens = forced.text.cpu(), forced.tokens.cpu()
+    on_cpu = same.ours("int8").to("cuda")
     assert 0 < divergences["int8"] <= divergence(forced.exact, on_cpu) + stock["bf16"]
