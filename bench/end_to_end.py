@@ -21,6 +21,7 @@ from typing import Any
 import soundfile
 import torch
 from chatterbox_fast.assets import VOICE_PROMPT
+from timing import save
 from torch import Tensor
 
 from chatterbox_fast import patched
@@ -91,7 +92,13 @@ def summary(variant: str, seconds: float, runs: list[tuple[Run, int | None]]) ->
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """All variants at all lengths."""
-    results = []
+    raw: dict[str, Any] = {
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit_id(),
+        "machine": describe_machine(arguments.device),
+        "weights": f"random, {arguments.size}",
+        "end_to_end": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         voice = ten_seconds(Path(folder))
         for seconds in arguments.seconds:
@@ -104,16 +111,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 for variant in arguments.variants:
                     found.setdefault(variant, []).append(measure(model, variant, voice))
             for variant, runs in found.items():
-                results.append(summary(variant, seconds, runs))
-                print(json.dumps(results[-1]), flush=True)
+                raw["end_to_end"].append(summary(variant, seconds, runs))
+                print(json.dumps(raw["end_to_end"][-1]), flush=True)
+            save(arguments.json, raw)
             del model
-    return {
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit_id(),
-        "machine": describe_machine(arguments.device),
-        "weights": f"random, {arguments.size}",
-        "end_to_end": results,
-    }
+    return raw
 
 
 def parser() -> argparse.ArgumentParser:
@@ -129,10 +131,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    arguments = parser().parse_args()
-    raw = run(arguments)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(raw, indent=2) + "\n")
+    run(parser().parse_args())
 
 
 if __name__ == "__main__":

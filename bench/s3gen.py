@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import save
 from torch import Tensor
 
 from chatterbox_fast.demo import commit_id, describe_machine, now
@@ -239,12 +240,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(arguments.device)
     s3gen = random_s3gen(arguments.size).to(device)
     prompt = round(arguments.prompt * TOKENS_PER_SECOND)
-    results, differences = [], {}
+    raw: dict[str, Any] = {
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit_id(),
+        "machine": describe_machine(device),
+        "weights": f"random, {arguments.size}",
+        "timesteps": arguments.timesteps,
+        "difference": {},
+        "s3gen": [],
+    }
     for seconds in arguments.seconds:
         tokens = round(seconds * TOKENS_PER_SECOND)
         utterance = Utterance(s3gen, tokens, prompt, arguments.timesteps)
         bench = Bench(utterance, arguments.variants)
-        differences[f"{seconds:g}"] = bench.differences(arguments.stages)  # it warms up, too
+        raw["difference"][f"{seconds:g}"] = bench.differences(arguments.stages)  # it warms up, too
         samples = bench.measure(arguments.stages, arguments.rounds)
         for (stage, variant), times in samples.items():
             result = Result(
@@ -252,16 +261,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 statistics.median(times), min(times), len(times),
             )  # fmt: skip
             print(result, flush=True)
-            results.append(result)
-    return {
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit_id(),
-        "machine": describe_machine(device),
-        "weights": f"random, {arguments.size}",
-        "timesteps": arguments.timesteps,
-        "difference": differences,
-        "s3gen": [asdict(result) for result in results],
-    }
+            raw["s3gen"].append(asdict(result))
+        save(arguments.json, raw)
+    return raw
 
 
 def parser() -> argparse.ArgumentParser:
@@ -285,8 +287,6 @@ def main() -> None:
     arguments = parser().parse_args()
     raw = run(arguments)
     print(json.dumps(raw["difference"], indent=2))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(raw, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import save
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.generation.logits_process import (
@@ -290,8 +291,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(arguments.device)
     t3 = random_t3("english", arguments.size).to(device)
     bandwidth = read_bandwidth(device)
-    results: list[Any] = []
     failures: dict[str, str] = {}
+    raw: dict[str, Any] = {
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit_id(),
+        "machine": describe_machine(device),
+        "weights": f"random, {arguments.size}",
+        "read_bandwidth": bandwidth,
+        "divergence": fidelity(t3, device, arguments.forced) if arguments.forced else {},
+        "failures": failures,
+        "t3_decode": [],
+    }  # fmt: skip
     makers = [
         (name, make)
         for name, make in variants(t3)
@@ -310,17 +320,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, samples in measure(steps, arguments.steps, device, failures).items():
             result = summary(name, positions, counts[name], steps[name].bytes, samples, bandwidth)
             print(result, flush=True)
-            results.append(result)
-    return {
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit_id(),
-        "machine": describe_machine(device),
-        "weights": f"random, {arguments.size}",
-        "read_bandwidth": bandwidth,
-        "divergence": fidelity(t3, device, arguments.forced) if arguments.forced else {},
-        "failures": failures,
-        "t3_decode": [asdict(result) for result in results],
-    }  # fmt: skip
+            raw["t3_decode"].append(asdict(result))
+        save(arguments.json, raw)
+    return raw
 
 
 def main() -> None:
@@ -336,8 +338,6 @@ def main() -> None:
     arguments = parser.parse_args()
     raw = run(arguments)
     print(json.dumps(raw["divergence"], indent=2))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(raw, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@ cache, and in a CUDA graph, where only its kernels count."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,3 +165,9 @@ def _copy_bandwidth() -> float:
     target = torch.empty_like(source)
     fastest = min(_elapsed(lambda: target.copy_(source)) for _ in range(10))
     return 2 * 2**30 / (1e-6 * fastest)
+
+
+def save(path: Path | None, raw: dict[str, Any]) -> None:
+    """Writes a script's raw figures so far: what is interrupted has left them up to there."""
+    if path is not None:
+        path.write_text(json.dumps(raw, indent=2) + "\n")

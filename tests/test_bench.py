@@ -326,6 +326,7 @@ def test_the_decode_bench_measures_and_renders() -> None:
         forced=3,
         only=["stock", "ours, exact"],
         without=[],
+        json=None,
     )
     raw = t3_decode.run(arguments)
     assert not raw["failures"]
@@ -389,7 +390,7 @@ def test_s3gens_stages_are_the_same_work(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_end_to_end_measures_what_it_says(
-    voices: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    voices: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = []
 
@@ -400,7 +401,9 @@ def test_end_to_end_measures_what_it_says(
     monkeypatch.setattr(end_to_end, "random_model", model)
     monkeypatch.setattr(end_to_end, "ten_seconds", lambda _: voices[0])
     line = "--size tiny --seconds 0.4 --variants stock exact int8 --device cpu --rounds 2"
+    line += f" --json {tmp_path / 'raw.json'}"
     raw = end_to_end.run(end_to_end.parser().parse_args(line.split()))
+    assert json.loads((tmp_path / "raw.json").read_text()) == raw
     assert "generate" not in vars(models[0]), "not patched any more"
     assert [each["variant"] for each in raw["end_to_end"]] == ["stock", "exact", "int8"]
     for each in raw["end_to_end"]:

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from chatterbox_fast import patched, report
 from chatterbox_fast.options import Options
+from chatterbox_fast.t3 import engine as engine_module
 from chatterbox_fast.t3 import poll, pool, prefill, runner
 from chatterbox_fast.t3.decode_step import decode_step
 from chatterbox_fast.t3.engine import Engine, Engines
@@ -222,6 +224,19 @@ def test_weights_that_change_are_seen(t3_cond: Any, monkeypatch: pytest.MonkeyPa
         assert torch.equal(tokens_of(t3, options=options, **settings), expected)
         assert not torch.equal(expected, first)
     assert len(calls) == 3 * 3, "the voice is computed with the new weights"
+
+
+def test_what_a_graph_would_keep_of_torchs_settings_makes_a_new_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    t3, settled = random_t3("english", "tiny"), mock.Mock()
+    monkeypatch.setattr(engine_module, "settle_all", settled)
+    engine = engine_of(t3)
+    assert engine_of(t3) is engine
+    settled.assert_not_called()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not torch.backends.cudnn.allow_tf32)
+    assert engine_of(t3) is not engine
+    settled.assert_called_once_with(t3.device)  # somebody's stream may still need the old one
 
 
 def test_no_weight_comes_to_lie_where_another_was() -> None:

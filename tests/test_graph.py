@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from chatterbox_fast.graph import CaptureError, Pool, capture, drawing, why_no_graph
+from chatterbox_fast.graph import (
+    CaptureError,
+    Pool,
+    capture,
+    drawing,
+    free_cached,
+    settle_all,
+    why_no_graph,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -107,7 +115,7 @@ class Device:
             "current_stream": lambda: device.current,
             "current_device": lambda: 0,
             "stream": self.on,
-            "synchronize": lambda: None,
+            "synchronize": lambda _=None: None,
             "empty_cache": lambda: None,
             "default_generators": (self.generator,),
         }
@@ -198,7 +206,7 @@ def test_the_runs_before_a_capture_keep_their_place(
 def test_one_capture_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other's wait for the device would break it."""
     events: list[str] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("waits"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _=None: events.append("waits"))
     other = threading.Thread(target=capture, args=(lambda: None, GPU))
 
     def meanwhile() -> None:
@@ -209,6 +217,23 @@ def test_one_capture_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     capture(nth_run(3, meanwhile), GPU)
     other.join()
     assert events == ["waits", "ends", "waits"]
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("act", [free_cached, settle_all])
+def test_what_no_capture_survives_waits_for_its_end(act: Callable[[torch.device], None]) -> None:
+    act(CPU)  # nothing there to wait for
+    other = threading.Thread(target=act, args=(GPU,))
+    waits: list[bool] = []
+
+    def meanwhile() -> None:
+        other.start()
+        other.join(0.2)
+        waits.append(other.is_alive())
+
+    capture(nth_run(3, meanwhile), GPU)
+    other.join()
+    assert waits == [True]
 
 
 @pytest.mark.usefixtures("device")

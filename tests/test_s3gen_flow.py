@@ -17,6 +17,7 @@ from s3gen_toolkit import Engine, relative, rough_s3gen, seeded, utterance
 from torch import Tensor, nn
 
 from chatterbox_fast.options import Options
+from chatterbox_fast.s3gen import engine as engine_module
 from chatterbox_fast.s3gen.engine import TABLES, Engines, FlowEngine
 from chatterbox_fast.s3gen.support import why_flow_unsupported
 
@@ -324,6 +325,17 @@ def test_a_new_engine_does_not_wait_for_the_memory_of_the_old() -> None:
         module.number = number
         engines.of(module)
     assert len(made) == 2
+
+
+def test_an_engine_goes_when_no_stream_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = mock.Mock()
+    monkeypatch.setattr(engine_module, "settle_all", calls.settle_all)
+    engines = Engines(lambda *_: calls.make(), lambda _: None, Options())
+    module = nn.Linear(1, 1)
+    engines.of(module)
+    module.extra = 1
+    engines.of(module)
+    assert [name for name, *_ in calls.mock_calls] == ["make", "settle_all", "make"]
 
 
 def test_threads_whose_first_calls_come_at_once_make_one_engine() -> None:
