@@ -14,18 +14,17 @@ import json
 import statistics
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import soundfile
 import torch
 from chatterbox_fast.assets import VOICE_PROMPT
-from timing import save
+from timing import conditions, save
 from torch import Tensor
 
 from chatterbox_fast import patched
-from chatterbox_fast.demo import STAGES, Run, commit_id, describe_machine, speak
+from chatterbox_fast.demo import STAGES, Run, speak
 from chatterbox_fast.testing import random_model
 
 TOKENS_PER_SECOND = 25
@@ -93,10 +92,7 @@ def summary(variant: str, seconds: float, runs: list[tuple[Run, int | None]]) ->
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """All variants at all lengths."""
     raw: dict[str, Any] = {
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit_id(),
-        "machine": describe_machine(arguments.device),
-        "weights": f"random, {arguments.size}",
+        **conditions(arguments.device, arguments.size),
         "end_to_end": [],
     }
     with tempfile.TemporaryDirectory() as folder:

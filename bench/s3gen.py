@@ -18,15 +18,14 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import save
+from timing import conditions, save
 from torch import Tensor
 
-from chatterbox_fast.demo import commit_id, describe_machine, now
+from chatterbox_fast.demo import now
 from chatterbox_fast.options import Options
 from chatterbox_fast.overrides import Override, apply_all, undo_all
 from chatterbox_fast.s3gen import runner
@@ -241,10 +240,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     s3gen = random_s3gen(arguments.size).to(device)
     prompt = round(arguments.prompt * TOKENS_PER_SECOND)
     raw: dict[str, Any] = {
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit_id(),
-        "machine": describe_machine(device),
-        "weights": f"random, {arguments.size}",
+        **conditions(device, arguments.size),
         "timesteps": arguments.timesteps,
         "difference": {},
         "s3gen": [],

@@ -18,12 +18,11 @@ import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import save
+from timing import conditions, save
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.generation.logits_process import (
@@ -32,7 +31,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from chatterbox_fast.demo import commit_id, describe_machine, now
+from chatterbox_fast.demo import now
 from chatterbox_fast.fidelity import (
     divergence,
     draw_probabilities,
@@ -293,10 +292,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     bandwidth = read_bandwidth(device)
     failures: dict[str, str] = {}
     raw: dict[str, Any] = {
-        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit_id(),
-        "machine": describe_machine(device),
-        "weights": f"random, {arguments.size}",
+        **conditions(device, arguments.size),
         "read_bandwidth": bandwidth,
         "divergence": fidelity(t3, device, arguments.forced) if arguments.forced else {},
         "failures": failures,

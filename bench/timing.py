@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from chatterbox_fast import dispatch
+from chatterbox_fast.demo import commit_id, describe_machine
 
 ROUNDS = 200
 GRAPH_CALLS = 20
@@ -165,6 +167,16 @@ def _copy_bandwidth() -> float:
     target = torch.empty_like(source)
     fastest = min(_elapsed(lambda: target.copy_(source)) for _ in range(10))
     return 2 * 2**30 / (1e-6 * fastest)
+
+
+def conditions(device: torch.device | str, size: str) -> dict[str, Any]:
+    """What a script's raw figures begin with: when, of what code, where, with which weights."""
+    return {
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit_id(),
+        "machine": describe_machine(device),
+        "weights": f"random, {size}",
+    }
 
 
 def save(path: Path | None, raw: dict[str, Any]) -> None:

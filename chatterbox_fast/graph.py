@@ -44,12 +44,12 @@ def free_cached(device: torch.device) -> None:
             torch.cuda.empty_cache()
 
 
-def captured_settings() -> tuple[Any, ...]:
-    """Settings that decide which kernels torch captures: other ones ask for other graphs."""
-    backends = torch.backends
-    if hasattr(backends.cudnn, "conv"):  # since torch 2.9, where both ways of setting them show
-        return backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
-    return backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32
+def graph_settings() -> tuple[Any, ...]:
+    """Whether there are graphs, and which kernels torch captures: others ask for another engine."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(cudnn, "conv"):  # since torch 2.9, where both ways of setting them show
+        return graphs_wanted(), cudnn.conv.fp32_precision, matmul.fp32_precision
+    return graphs_wanted(), cudnn.allow_tf32, matmul.allow_tf32
 
 
 class Pool:

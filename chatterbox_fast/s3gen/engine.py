@@ -18,9 +18,8 @@ from ..graph import (
     CaptureError,
     Pool,
     capture,
-    captured_settings,
     free_cached,
-    graphs_wanted,
+    graph_settings,
     settle,
     settle_all,
     why_no_graph,
@@ -232,7 +231,7 @@ class Engines(Generic[Engine]):
         """
         if torch.is_autocast_enabled(next(module.parameters()).device.type):
             return "torch.autocast is on"
-        asked = requested_backend(self._options.backend), graphs_wanted(), captured_settings()
+        asked = requested_backend(self._options.backend), graph_settings()
         if (known := self._known(module, asked)) is not None:
             return known  # after milliseconds, which nobody else waited for
         with self._lock:

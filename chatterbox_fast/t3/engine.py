@@ -14,9 +14,8 @@ from .. import dispatch, selftest
 from ..graph import (
     CaptureError,
     capture,
-    captured_settings,
     free_cached,
-    graphs_wanted,
+    graph_settings,
     settle,
     settle_all,
     why_no_graph,
@@ -162,8 +161,7 @@ class Engines:
             torch.OutOfMemoryError: the weights could not be packed.
         """
         with self._lock:
-            backend = dispatch.requested_backend(self._options.backend)
-            asked = backend, graphs_wanted(), captured_settings()
+            asked = dispatch.requested_backend(self._options.backend), graph_settings()
             known, engine = self._of.get(t3, (None, None))
             if engine is not None and known == (asked, signature(t3)):
                 return engine
