@@ -230,6 +230,17 @@ def test_a_decode_step(backend: Any, position: int, cache_dtype: torch.dtype) ->
     check(call, by_backend(backend))
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.bfloat16])
+def test_every_number_of_a_narrow_cache_is_read_as_it_is(cache_dtype: torch.dtype) -> None:
+    """Subnormal ones, infinities and NaN among them: of one position, attention is its value."""
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(cache_dtype).float()
+    call = random_call(1, [0], heads=len(values) // DIM, cache_dtype=cache_dtype, rope=False)
+    call.qkv[0, 2] = values.view(-1, DIM)
+    call.qkv[0, :2] = 0
+    out = torch.ops.chatterbox_fast.decode_attention(*call.arguments)
+    torch.testing.assert_close(out[0], values, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("cache_dtype", FLOATING)
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("rope", [True, False])

@@ -126,6 +126,16 @@ def test_half_precision_is_computed_in_float_and_rounded_once(
         assert torch.equal(y, ops.snake(x.float(), alpha, inverse, backend=backend).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_is_read_and_written_as_it_is(dtype: torch.dtype) -> None:
+    """Subnormal ones, infinities and NaN among them."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[:, None]
+    alpha, inverse = torch.ones(1), torch.zeros(1)
+    y = ops.snake(x, alpha, inverse)
+    assert torch.equal(y[x.isfinite()], x[x.isfinite()])
+    assert y[~x.isfinite()].isnan().all()  # the sine is
+
+
 def ties(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments whose results lie half an ulp above 1 and above the next number, exactly."""
     eps = torch.finfo(dtype).eps

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..memory import Arena
 from ..precision import Precise
 from .projection import Norm, Projection, Projections
 from .support import head_dim, projection_weights
@@ -96,11 +97,16 @@ class _Copied:
     def __init__(self, t3: Any, precise: Precise) -> None:
         self.kernel = precise.linear.backend
         self.dtype, self.device = precise.dtype, t3.device
+        copied = [*projection_weights(t3.tfmr), t3.speech_head.weight]
+        sizes = [parameter.numel() * self.dtype.itemsize for parameter in copied]
+        self.arena = Arena(sizes, self.device)
         self.cache_dtype = self.dtype if self.dtype.is_floating_point else torch.bfloat16
 
     def __call__(self, *parameters: nn.Parameter) -> Projections:
         parts = [_narrow(parameter.detach(), self.dtype) for parameter in parameters]
-        weight = torch.cat([weight.to(self.device) for weight, _ in parts])
+        shape = sum(p.shape[0] for p in parameters), parameters[0].shape[1]
+        weight = self.arena.cut(shape, self.dtype)
+        torch.cat([weight.to(self.device) for weight, _ in parts], out=weight)
         scales = [scale.to(self.device) for _, scale in parts if scale is not None]
         return (Projection(weight, torch.cat(scales) if scales else None, self.kernel),)
 

@@ -54,9 +54,7 @@ CBF_INLINE void widen(const at::BFloat16* row, Key& key) {
 }
 
 CBF_INLINE void widen(const at::Half* row, Key& key) {
-  float wide[kHeadDim];
-  for (int d = 0; d < kHeadDim; ++d) wide[d] = row[d];
-  widen(wide, key);
+  for (int i = 0; i < kVectors; ++i) key[i] = floats_of_halves(row + i * kLanes);
 }
 
 template <typename T>

@@ -32,75 +32,73 @@ constexpr int64_t kGrain = 1 << 15;    // weights a task has at least
 constexpr float kMostSteps = 16383.f;  // of an x rounded for int8: 15 bits with the sign
 constexpr int64_t kRun = 256;          // inputs with one scale; 256 * 128 * 16383 < 2^31
 
-// How weights are read, by measurement on a CPU that is bound by memory. Widened ones leave less
-// time for misses: one stream suits the CPU's own prefetcher best.
-template <typename W>
-struct Reading {
-  static constexpr int kAtOnce = 1;        // outputs
-  static constexpr int64_t kAhead = 1024;  // bytes that are fetched before they are read
-};
+// Where x stays in the level-1 cache, one output at a time: one stream of weights suits the CPU's
+// own prefetcher best. Where it does not, several outputs share what is loaded of it.
+constexpr int64_t kSmall = 16384;  // bytes of x that stay
+constexpr int64_t kAtOnce = 4;     // outputs, else
 
-template <>
-struct Reading<float> {
-  static constexpr int kAtOnce = 2;
-  static constexpr int64_t kAhead = 16384;
-};
+// How many bytes before they are read weights are fetched into the level-2 cache, and from there
+// into the level-1 cache: by measurement.
+constexpr int64_t kFar = 8192, kNear = 1024;
 
-template <typename W>
-CBF_INLINE void prefetch(const W* weight) {
-  __builtin_prefetch(reinterpret_cast<const char*>(weight) + Reading<W>::kAhead);
+CBF_INLINE void prefetch(const void* weight) {
+  const auto* const bytes = static_cast<const char*>(weight);
+  __builtin_prefetch(bytes + kFar, 0, 2);
+  __builtin_prefetch(bytes + kNear);
 }
 
-// y[m][r] = sum over k of x[m][k] weight[r][k], for kRows rows of x and kOut of weight.
-template <int kRows, int kOut>
-CBF_INLINE void dot(const float* x, const float*, const float* weight, int64_t inputs,
-                    float (&y)[kRows][kOut]) {
-  Floats sums[kRows][kOut] = {};
-  const int64_t whole = inputs / kLanes * kLanes;
-  for (int64_t k = 0; k < whole; k += kLanes) {
-    Floats w[kOut];
-    for (int r = 0; r < kOut; ++r) {
-      prefetch(weight + r * inputs + k);
-      w[r] = load<Floats>(weight + r * inputs + k);
-    }
-    for (int m = 0; m < kRows; ++m) {
-      const auto own = load<Floats>(x + m * inputs + k);
-      for (int r = 0; r < kOut; ++r) sums[m][r] += own * w[r];
-    }
+// A cache line of weights as vectors.
+template <typename W>
+constexpr int64_t kLine = kCacheLine / sizeof(W);  // weights
+
+template <typename W>
+constexpr int kVectors = kLine<W> / kLanes;
+
+CBF_INLINE void widen(const float* line, Floats (&wide)[kVectors<float>]) {
+  for (int i = 0; i < kVectors<float>; ++i) wide[i] = load<Floats>(line + i * kLanes);
+}
+
+// Pairs come apart with a shift and a mask; of every kPairs of x the even ones come first, too.
+constexpr int64_t kPairs = 2 * kLanes;
+
+CBF_INLINE void widen(const at::BFloat16* line, Floats (&wide)[kVectors<at::BFloat16>]) {
+  for (int i = 0; i < kVectors<at::BFloat16>; i += 2) {
+    const auto pairs = load<Words>(line + i * kLanes);
+    wide[i] = (Floats)(pairs << 16);
+    wide[i + 1] = (Floats)(pairs & 0xffff0000u);
   }
-  for (int m = 0; m < kRows; ++m) {
+}
+
+// y[m][r] = sum over k of x[m][k] weight[r][k], for kRows rows of x and kOut of weight. One output
+// has a sum for each vector of a line, so that additions need not wait for one another.
+template <int kRows, int kOut, typename W>
+CBF_INLINE void dot(const float* x, const float*, const W* weight, int64_t inputs,
+                    float (&y)[kRows][kOut]) {
+  constexpr int kSums = kOut == 1 ? kVectors<W> : 1;
+  Floats sums[kRows][kOut][kSums] = {};
+  const int64_t whole = inputs / kLine<W> * kLine<W>;
+  for (int64_t k = 0; k < whole; k += kLine<W>) {
     for (int r = 0; r < kOut; ++r) {
-      y[m][r] = sum(sums[m][r]);
-      for (int64_t k = whole; k < inputs; ++k) {
-        y[m][r] += x[m * inputs + k] * weight[r * inputs + k];
+      Floats own[kVectors<W>];
+      prefetch(weight + r * inputs + k);
+      widen(weight + r * inputs + k, own);
+      for (int m = 0; m < kRows; ++m) {
+        for (int i = 0; i < kVectors<W>; ++i) {
+          sums[m][r][i % kSums] += load<Floats>(x + m * inputs + k + i * kLanes) * own[i];
+        }
       }
     }
   }
-}
-
-// The same for bfloat16 weights, one output at a time. Pairs come apart with a shift and a mask; of
-// every kPairs of x the even ones come first.
-constexpr int64_t kPairs = 2 * kLanes;
-
-template <int kRows, int kOut>
-CBF_INLINE void dot(const float* x, const float*, const at::BFloat16* weight, int64_t inputs,
-                    float (&y)[kRows][kOut]) {
-  static_assert(kOut == 1);
-  Floats even_sums[kRows] = {}, odd_sums[kRows] = {};
-  const int64_t whole = inputs / kPairs * kPairs;
-  for (int64_t k = 0; k < whole; k += kPairs) {
-    prefetch(weight + k);
-    const auto pairs = load<Words>(weight + k);
-    const auto even = (Floats)(pairs << 16), odd = (Floats)(pairs & 0xffff0000u);
-    for (int m = 0; m < kRows; ++m) {
-      even_sums[m] += load<Floats>(x + m * inputs + k) * even;
-      odd_sums[m] += load<Floats>(x + m * inputs + k + kLanes) * odd;
-    }
-  }
+#pragma GCC unroll 2
   for (int m = 0; m < kRows; ++m) {
-    y[m][0] = sum(even_sums[m] + odd_sums[m]);
-    for (int64_t k = whole; k < inputs; ++k) {
-      y[m][0] += x[m * inputs + k] * static_cast<float>(weight[k]);
+#pragma GCC unroll 4
+    for (int r = 0; r < kOut; ++r) {
+      Floats all = sums[m][r][0];
+      for (int i = 1; i < kSums; ++i) all += sums[m][r][i];
+      y[m][r] = sum(all);
+      for (int64_t k = whole; k < inputs; ++k) {
+        y[m][r] += x[m * inputs + k] * static_cast<float>(weight[r * inputs + k]);
+      }
     }
   }
 }
@@ -121,8 +119,8 @@ CBF_INLINE void add_run(const int16_t* x, const float* step, const int8_t* weigh
   }
 }
 
-// The same for int8 weights and an x of whole steps, one output at a time. step: the size of a step
-// in each run of each row of x.
+// The same for int8 weights and an x of whole steps. step: the size of a step in each run of each
+// row of x.
 template <int kRows, int kOut>
 CBF_INLINE void dot(const int16_t* x, const float* step, const int8_t* weight, int64_t inputs,
                     float (&y)[kRows][kOut]) {
@@ -166,19 +164,22 @@ CBF_INLINE void all_rows(const Job<X, W>& job, int64_t rows, int64_t output) {
 
 template <typename X, typename W>
 CBF_INLINE void some_outputs(const Job<X, W>& job, int64_t rows, int64_t begin, int64_t end) {
-  constexpr int kAtOnce = Reading<W>::kAtOnce;
   int64_t output = begin;
-  for (; output + kAtOnce <= end; output += kAtOnce) all_rows<kAtOnce>(job, rows, output);
+  if constexpr (std::is_same_v<X, float>) {
+    if (2 * job.inputs * static_cast<int64_t>(sizeof(X)) > kSmall) {
+      for (; output + kAtOnce <= end; output += kAtOnce) all_rows<kAtOnce>(job, rows, output);
+    }
+  }
   for (; output < end; ++output) all_rows<1>(job, rows, output);
 }
 
-CBF_FOR_EVERY_CPU void compute(const Job<float, float>& job, int64_t rows, int64_t begin,
-                               int64_t end) {
+CBF_FUSED_FOR_EVERY_CPU void compute(const Job<float, float>& job, int64_t rows, int64_t begin,
+                                     int64_t end) {
   some_outputs(job, rows, begin, end);
 }
 
-CBF_FOR_EVERY_CPU void compute(const Job<float, at::BFloat16>& job, int64_t rows, int64_t begin,
-                               int64_t end) {
+CBF_FUSED_FOR_EVERY_CPU void compute(const Job<float, at::BFloat16>& job, int64_t rows,
+                                     int64_t begin, int64_t end) {
   some_outputs(job, rows, begin, end);
 }
 
@@ -187,11 +188,14 @@ CBF_FOR_EVERY_CPU void compute(const Job<int16_t, int8_t>& job, int64_t rows, in
   some_outputs(job, rows, begin, end);
 }
 
+// A task is outputs that are taken at once: which these are does not depend on the threads.
 template <typename X, typename W>
 void compute_in_parallel(const Job<X, W>& job, int64_t rows) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(job.inputs, 1));
-  at::parallel_for(0, job.outputs, grain,
-                   [&](int64_t begin, int64_t end) { compute(job, rows, begin, end); });
+  const int64_t tasks = (job.outputs + kAtOnce - 1) / kAtOnce;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(kAtOnce * job.inputs, 1));
+  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    compute(job, rows, kAtOnce * begin, std::min(kAtOnce * end, job.outputs));
+  });
 }
 
 // A run of x in whole steps. Returns the size of a step: NaN or infinite where the run has such a
@@ -232,7 +236,7 @@ CBF_FOR_EVERY_CPU void round_to_steps(const float* x, int64_t rows, int64_t inpu
 CBF_FOR_EVERY_CPU void take_apart(const float* x, int64_t rows, int64_t inputs, float* apart) {
   for (int64_t m = 0; m < rows; ++m, x += inputs, apart += inputs) {
     int64_t k = 0;
-    for (; k + kPairs <= inputs; k += kPairs) {
+    for (; k < inputs / kLine<at::BFloat16> * kLine<at::BFloat16>; k += kPairs) {
       const auto low = load<Floats>(x + k), high = load<Floats>(x + k + kLanes);
       const Floats even = CBF_SHUFFLE(low, high, 0, 2, 4, 6, 8, 10, 12, 14);
       const Floats odd = CBF_SHUFFLE(low, high, 1, 3, 5, 7, 9, 11, 13, 15);

@@ -23,7 +23,6 @@ constexpr int64_t kShortest = 512;   // elements of a row, about
 constexpr int64_t kGrain = 1 << 14;  // elements a thread has at least
 
 using Doubles = double __attribute__((vector_size(8 * kLanes)));
-using Shorts = uint16_t __attribute__((vector_size(2 * kLanes)));
 
 // sin(angle)^2, the sine to about two units in the last place.
 CBF_INLINE Floats squared_sine(Floats angle) {
@@ -46,12 +45,9 @@ CBF_INLINE Floats squared_sine(Floats angle) {
 
 // ---- Types of x: a vector of it as floats, and back, rounded to nearest.
 
-template <typename T>
-CBF_INLINE Floats widen(const T* from) {
-  float lanes[kLanes];
-  for (int i = 0; i < kLanes; ++i) lanes[i] = from[i];
-  return load<Floats>(lanes);
-}
+CBF_INLINE Floats widen(const float* from) { return load<Floats>(from); }
+
+CBF_INLINE Floats widen(const at::Half* from) { return floats_of_halves(from); }
 
 CBF_INLINE Floats widen(const at::BFloat16* from) {
   return (Floats)(__builtin_convertvector(load<Shorts>(from), Words) << 16);

@@ -12,9 +12,13 @@
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define CBF_FOR_EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#define CBF_FUSED_FOR_EVERY_CPU \
-  __attribute__((target_clones("fma", "default"), optimize("fp-contract=fast")))
+#if __GNUC__ >= 12
+#define CBF_CLONES target_clones("arch=x86-64-v3", "default")  // v3: AVX2, FMA and F16C
+#else
+#define CBF_CLONES target_clones("avx2", "fma", "default")
+#endif
+#define CBF_FOR_EVERY_CPU __attribute__((CBF_CLONES))
+#define CBF_FUSED_FOR_EVERY_CPU __attribute__((CBF_CLONES, optimize("fp-contract=fast")))
 #else
 #define CBF_FOR_EVERY_CPU
 #define CBF_FUSED_FOR_EVERY_CPU
@@ -37,12 +41,22 @@ namespace chatterbox_fast {
 constexpr int kLanes = 8;
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
+using Shorts = uint16_t __attribute__((vector_size(2 * kLanes)));
 
 template <typename Vector>
 CBF_INLINE Vector load(const void* from) {
   Vector vector;
   std::memcpy(&vector, from, sizeof vector);
   return vector;
+}
+
+// Eight float16 as floats: the exponent is moved by a product, which makes subnormals right; what
+// has all ones there is infinite or NaN and keeps them.
+CBF_INLINE Floats floats_of_halves(const void* from) {
+  const Words bits = __builtin_convertvector(load<Shorts>(from), Words);
+  const Words size = (bits & 0x7fffu) << 13;
+  const Words special = (Words)(size >= 0x0f800000u) & 0x7f800000u;
+  return (Floats)((Words)((Floats)size * 0x1p112f) | special | (bits & 0x8000u) << 16);
 }
 
 CBF_INLINE float sum(Floats vector) {
