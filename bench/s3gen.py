@@ -28,6 +28,7 @@ from torch import Tensor
 from chatterbox_fast.demo import now
 from chatterbox_fast.options import Options
 from chatterbox_fast.overrides import Override, apply_all, undo_all
+from chatterbox_fast.precision import cpu_multiplies_bf16
 from chatterbox_fast.s3gen import runner
 from chatterbox_fast.s3gen.encoder import encode
 from chatterbox_fast.s3gen.engine import FlowEngine, VocoderEngine
@@ -271,7 +272,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=float, default=10, help="seconds of the voice's prompt")
     parser.add_argument("--timesteps", type=int, default=10, help="Euler steps")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
-    plain = [name for name in VARIANTS if cuda or name in ("stock", "exact")]
+    plain = ["stock", "exact", *(["bf16"] if cpu_multiplies_bf16() else [])]
+    plain = list(VARIANTS) if cuda else plain
     parser.add_argument("--variants", nargs="+", default=plain, choices=VARIANTS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import math
 import mmap
 from collections.abc import Sequence
@@ -10,12 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-HUGE = 2 << 20  # bytes of a huge page where there are any
 _ALIGNED = 64  # bytes: a cache line
 
 
 class Arena:
-    """One block that tensors are cut from, in huge pages where Linux gives them to a CPU.
+    """What tensors are cut from: on a CPU one block, in huge pages where Linux gives them.
 
     A page of 4 KiB ends the CPU's prefetching and costs a look into the page table, in a virtual
     machine several.
@@ -27,30 +26,36 @@ class Arena:
             parts: bytes of each tensor that will be cut.
 
         Raises:
-            torch.OutOfMemoryError, RuntimeError: as torch does where there is no memory.
+            torch.OutOfMemoryError: there is not so much.
         """
+        self._device, self._used = device, 0
+        self._block: mmap.mmap | None = None
         total = sum(_rounded_up(part) for part in parts)
-        self._block = torch.empty(total, dtype=torch.uint8, device=device)
-        self._used = 0
-        ask_for_huge_pages(self._block)
+        if device.type == "cpu" and total > 0 and hasattr(mmap, "MADV_HUGEPAGE"):
+            self._block = _in_huge_pages(total)
 
     def cut(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The next tensor, not initialised."""
-        size = math.prod(shape) * dtype.itemsize
-        start, self._used = self._used, self._used + _rounded_up(size)
-        return self._block[start : start + size].view(dtype).view(*shape)
+        """The next tensor, not initialised, with a storage of its own.
+
+        Raises:
+            ValueError: it is more than was announced.
+        """
+        count = math.prod(shape)
+        if self._block is None or count == 0:
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        start, self._used = self._used, self._used + _rounded_up(count * dtype.itemsize)
+        return torch.frombuffer(self._block, dtype=dtype, count=count, offset=start).view(*shape)
 
 
 def _rounded_up(size: int) -> int:
     return -(-size // _ALIGNED) * _ALIGNED
 
 
-def ask_for_huge_pages(block: Tensor) -> None:
-    """Asks Linux to back what `block` will hold by huge pages. Nothing happens where it cannot."""
-    if block.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    start = -(-block.data_ptr() // HUGE) * HUGE
-    end = (block.data_ptr() + block.nbytes) // HUGE * HUGE
-    if start < end:
-        madvise = ctypes.CDLL(None).madvise
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
+def _in_huge_pages(size: int) -> mmap.mmap:
+    try:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as failure:
+        raise torch.OutOfMemoryError(f"no memory for {size} bytes of weights: {failure}") from None
+    with contextlib.suppress(OSError):  # of a kernel without them
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return block

@@ -348,7 +348,10 @@ def test_the_decode_bench_measures_and_renders() -> None:
 # ---- S3Gen
 
 
-S3GEN = "--size tiny --prompt 0.2 --timesteps 2 --rounds 2 --device cpu --seconds "
+S3GEN = (
+    "--size tiny --prompt 0.2 --timesteps 2 --rounds 2 --device cpu "
+    "--variants stock exact --seconds "
+)
 
 
 def test_s3gens_stages_are_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,6 +387,10 @@ def test_s3gens_stages_are_the_same_work(monkeypatch: pytest.MonkeyPatch) -> Non
     line = [*S3GEN.split(), "0.2", "--stages", "encoder"]
     raw = s3gen_bench.run(s3gen_bench.parser().parse_args(line))
     assert raw["difference"]["0.2"]["exact"]["encoder"] > 5e-3, "other work is seen"
+    for has in (True, False):
+        monkeypatch.setattr(s3gen_bench, "cpu_multiplies_bf16", lambda has=has: has)
+        variants = s3gen_bench.parser().parse_args([]).variants
+        assert variants == ["stock", "exact", "bf16"][: 2 + has]
 
 
 # ---- text to audio

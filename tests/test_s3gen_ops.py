@@ -18,7 +18,7 @@ from chatterbox_fast.options import Options
 from chatterbox_fast.overrides import apply_all, undo_all
 from chatterbox_fast.s3gen.encoder import encode, pack_encoder
 from chatterbox_fast.s3gen.flow import condition, pack_flow, solve, time_table
-from chatterbox_fast.s3gen.layers import each_layer, without_onednn
+from chatterbox_fast.s3gen.layers import attention, each_layer, without_onednn
 from chatterbox_fast.s3gen.site import lengths_site, why_without_lengths
 from chatterbox_fast.s3gen.vocoder import Draws, decode, f0, pack_vocoder, source
 from chatterbox_fast.testing import random_s3gen
@@ -116,6 +116,21 @@ def test_the_token_count_is_not_copied_from_the_host(
     assert why_without_lengths(lambda: None) == (
         "flow_inference() takes no speech_token_lens, speech_tokens"
     )
+
+
+def test_a_cpu_attends_by_the_kernel() -> None:
+    """Nothing is padded there; the kernel is the faster one all the same."""
+    s3gen = random_s3gen("tiny").eval()
+    token, voice = a_request()
+    with Engine(s3gen), Dispatched() as counted:
+        s3gen.inference(token, ref_dict=dict(voice))
+    blocks = sum(type(each).__name__ == "BasicTransformerBlock" for each in s3gen.modules())
+    assert blocks > 0
+    assert counted.ops["chatterbox_fast::padded_attention"] == 10 * blocks
+    qkv = torch.randn(2, 100, 3 * 3 * 64)
+    expected = attention(qkv, 3)
+    torch.testing.assert_close(attention(qkv, 3, by="extension"), expected)
+    torch.testing.assert_close(attention(qkv, 3, by="reference"), expected, rtol=0, atol=0)
 
 
 @pytest.mark.gpu

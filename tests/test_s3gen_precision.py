@@ -165,6 +165,28 @@ def test_what_stays_in_float32(s3gen: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("asked", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+def test_bf16_on_a_cpu_that_multiplies_it(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(precision: str, own: torch.dtype = torch.float) -> Any:
+        return choose_float(Options.of(precision=precision), CPU, own)
+
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    for precision in ("bf16", "int8"):
+        why = "this CPU does not multiply bfloat16"
+        assert chosen(precision) == ("exact", torch.float, why)
+    monkeypatch.setattr(torch.cpu, asked, lambda: True)
+    assert chosen("bf16") == ("bf16", torch.bfloat16, "asked for")
+    assert chosen("int8") == ("bf16", torch.bfloat16, "int8 is T3's alone")
+    assert chosen("auto")[0] == chosen("fp16")[0] == chosen("exact")[0] == "exact"
+    assert chosen("bf16", torch.double)[:2] == ("exact", torch.double)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert chosen("bf16")[0] == "exact"
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")  # an older torch
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert chosen("bf16")[0] == "exact"
+
+
 def test_which_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     capability = (9, 0)
@@ -172,7 +194,8 @@ def test_which_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(precision: str, device: torch.device, own: torch.dtype = torch.float) -> Any:
         return choose_float(Options.of(precision=precision), device, own)
 
-    for precision in ("auto", "bf16", "int8", "fp16"):
+    assert chosen("exact", CPU) == ("exact", torch.float, "asked for")
+    for precision in ("auto", "fp16"):
         assert chosen(precision, CPU) == ("exact", torch.float, "S3Gen is float32 on a CPU")
     assert chosen("exact", GPU) == ("exact", torch.float, "asked for")
     assert chosen("fp16", GPU) == ("fp16", torch.float16, "asked for")

@@ -180,6 +180,18 @@ def test_no_product_is_lost(
             assert torch.equal(y, call.oracle().to(dtype))
 
 
+@pytest.mark.parametrize("weight_dtype", FLOATING)
+def test_no_product_of_a_wide_layer_is_lost(threads: Any, weight_dtype: torch.dtype) -> None:
+    """The CPU op takes several outputs of such a one at once."""
+    threads(1)
+    for inputs in (2048, 2049, 2064, 2085, 2500, 4100):
+        for outputs in (1, 3, 4, 5, 11):
+            for rows in (1, 2, 3):
+                call = whole_call((rows, inputs, outputs), torch.float32, weight_dtype)
+                y = torch.ops.chatterbox_fast.skinny_linear(*call)
+                assert torch.equal(y, call.oracle().float())
+
+
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_are_not_rounded_to_the_dtype_of_x(backend: Any, dtype: torch.dtype) -> None:
@@ -266,8 +278,8 @@ def test_extreme_int8_weights_do_not_overflow(x: float, value: int) -> None:
 def test_nan_and_infinity_stay_in_their_row(
     backend: Any, bad: float, weight_dtype: torch.dtype
 ) -> None:
-    for where in (0, 16, 99):
-        call = random_call((3, 100, 5), torch.float32, weight_dtype)
+    for inputs, where in ((100, 0), (100, 16), (100, 99), (2060, 700), (2060, 2059)):
+        call = random_call((3, inputs, 5), torch.float32, weight_dtype)
         clean = ops.skinny_linear(*call, backend=backend)
         call.x[1, where] = bad
         finite = torch.ones(3, 5, dtype=torch.bool)
@@ -296,9 +308,10 @@ def test_the_same_bits_by_any_number_of_threads(
     assert all(torch.equal(y, results[0]) for y in results)
 
 
+@pytest.mark.parametrize("inputs", [1000, 2500])
 @pytest.mark.parametrize("weight_dtype", WEIGHTS)
-def test_a_row_does_not_depend_on_the_others(weight_dtype: torch.dtype) -> None:
-    call = random_call((8, 1000, 33), torch.float32, weight_dtype)
+def test_a_row_does_not_depend_on_the_others(weight_dtype: torch.dtype, inputs: int) -> None:
+    call = random_call((8, inputs, 33), torch.float32, weight_dtype)
     y = torch.ops.chatterbox_fast.skinny_linear(*call)
     for row in range(8):
         alone = call._replace(x=call.x[row : row + 1])
@@ -384,7 +397,7 @@ def test_compiles_as_one_graph(weight_dtype: torch.dtype) -> None:
     assert torch.equal(compiled(*call), function(*call))
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("weight_dtype", WEIGHTS)
 def test_weights_are_not_copied(weight_dtype: torch.dtype) -> None:
     """What a call allocates is its result."""
     call = random_call((2, 1024, 1024), torch.float32, weight_dtype)

@@ -128,12 +128,23 @@ def test_half_precision_is_computed_in_float_and_rounded_once(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_half_is_read_and_written_as_it_is(dtype: torch.dtype) -> None:
-    """Subnormal ones, infinities and NaN among them."""
+    """Subnormal ones among them; infinities and NaN are NaN, as the sine is."""
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[:, None]
     alpha, inverse = torch.ones(1), torch.zeros(1)
     y = ops.snake(x, alpha, inverse)
     assert torch.equal(y[x.isfinite()], x[x.isfinite()])
-    assert y[~x.isfinite()].isnan().all()  # the sine is
+    assert y[~x.isfinite()].isnan().all()
+
+
+def test_subnormal_halves_survive_flushed_floats(threads: Any) -> None:
+    threads(1)
+    x = torch.arange(1, 1025).to(torch.int16).view(torch.float16)[:, None]
+    assert torch.set_flush_denormal(True)
+    try:
+        y = ops.snake(x, torch.ones(1), torch.zeros(1))
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(y.view(torch.int16), x.view(torch.int16))
 
 
 def ties(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

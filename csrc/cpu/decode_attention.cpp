@@ -63,16 +63,6 @@ int place(int d) {
   return d / (2 * kLanes) * (2 * kLanes) + d % 2 * kLanes + d % (2 * kLanes) / 2;
 }
 
-// ---- Arithmetic on vectors.
-
-CBF_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-
-CBF_INLINE float largest(Floats vector) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &vector, sizeof lanes);
-  return *std::max_element(lanes, lanes + kLanes);
-}
-
 // ---- One slice of one (row, head).
 
 struct Slice {

@@ -1,9 +1,9 @@
-// CPU op of skinny_linear: reads the weights once, at the speed of memory, unless they are float16.
+// CPU op of skinny_linear: reads the weights once, at the speed of memory.
 // Contract: chatterbox_fast/reference.py, skinny_linear.
 //
-// A thread takes a range of outputs, one or two at a time: each vector of weights that it loads
-// serves all rows of x. Narrow weights are widened on the way:
-// - bfloat16 to float; other types without a path of their own, all at once, before;
+// A thread takes a range of outputs, one at a time, or several where x is large: each vector of
+// weights that it loads serves two rows of x. Narrow weights are widened on the way:
+// - bfloat16 and float16 to float;
 // - int8 to 16 bits; x is rounded to 15 bits with one scale for every kRun of a row, whose products
 //   are summed as integers. An x is off by half of 1/16383 of the largest of its run at most: less
 //   than bfloat16's rounding where it is over 1/64 of that.
@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -32,8 +33,9 @@ constexpr int64_t kGrain = 1 << 15;    // weights a task has at least
 constexpr float kMostSteps = 16383.f;  // of an x rounded for int8: 15 bits with the sign
 constexpr int64_t kRun = 256;          // inputs with one scale; 256 * 128 * 16383 < 2^31
 
-// Where x stays in the level-1 cache, one output at a time: one stream of weights suits the CPU's
-// own prefetcher best. Where it does not, several outputs share what is loaded of it.
+// Where two rows of x stay in the level-1 cache, one output at a time: one stream of weights suits
+// the CPU's own prefetcher best. Where they do not, several outputs share what is loaded of them;
+// but for int8, whose x is half as large.
 constexpr int64_t kSmall = 16384;  // bytes of x that stay
 constexpr int64_t kAtOnce = 4;     // outputs, else
 
@@ -41,10 +43,18 @@ constexpr int64_t kAtOnce = 4;     // outputs, else
 // into the level-1 cache: by measurement.
 constexpr int64_t kFar = 8192, kNear = 1024;
 
-CBF_INLINE void prefetch(const void* weight) {
-  const auto* const bytes = static_cast<const char*>(weight);
-  __builtin_prefetch(bytes + kFar, 0, 2);
-  __builtin_prefetch(bytes + kNear);
+// What comes `ahead` bytes after row[k] of one of kOut rows that are read side by side: behind the
+// row's end it is the row kOut further on.
+template <int kOut, typename W>
+CBF_INLINE const W* later(const W* row, int64_t k, int64_t inputs, int64_t ahead) {
+  const int64_t then = k + ahead / static_cast<int64_t>(sizeof(W));
+  return row + (then < inputs ? then : then + (kOut - 1) * inputs);
+}
+
+template <int kOut, typename W>
+CBF_INLINE void prefetch(const W* row, int64_t k, int64_t inputs) {
+  __builtin_prefetch(later<kOut>(row, k, inputs, kFar), 0, 2);
+  __builtin_prefetch(later<kOut>(row, k, inputs, kNear));
 }
 
 // A cache line of weights as vectors.
@@ -69,6 +79,10 @@ CBF_INLINE void widen(const at::BFloat16* line, Floats (&wide)[kVectors<at::BFlo
   }
 }
 
+CBF_INLINE void widen(const at::Half* line, Floats (&wide)[kVectors<at::Half>]) {
+  for (int i = 0; i < kVectors<at::Half>; ++i) wide[i] = floats_of_halves(line + i * kLanes);
+}
+
 // y[m][r] = sum over k of x[m][k] weight[r][k], for kRows rows of x and kOut of weight. One output
 // has a sum for each vector of a line, so that additions need not wait for one another.
 template <int kRows, int kOut, typename W>
@@ -80,7 +94,7 @@ CBF_INLINE void dot(const float* x, const float*, const W* weight, int64_t input
   for (int64_t k = 0; k < whole; k += kLine<W>) {
     for (int r = 0; r < kOut; ++r) {
       Floats own[kVectors<W>];
-      prefetch(weight + r * inputs + k);
+      prefetch<kOut>(weight + r * inputs, k, inputs);
       widen(weight + r * inputs + k, own);
       for (int m = 0; m < kRows; ++m) {
         for (int i = 0; i < kVectors<W>; ++i) {
@@ -89,6 +103,7 @@ CBF_INLINE void dot(const float* x, const float*, const W* weight, int64_t input
       }
     }
   }
+  // Unrolled, or the sums would have to be in memory.
 #pragma GCC unroll 2
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
@@ -108,7 +123,7 @@ CBF_INLINE int64_t runs_of(int64_t inputs) { return (inputs + kRun - 1) / kRun; 
 template <int kRows>
 CBF_INLINE void add_run(const int16_t* x, const float* step, const int8_t* weight, int64_t inputs,
                         int64_t length, float (&y)[kRows][1]) {
-  for (int64_t k = 0; k < length; k += kCacheLine) prefetch(weight + k);
+  for (int64_t k = 0; k < length; k += kCacheLine) prefetch<1>(weight, k, inputs);
   int32_t sums[kRows] = {};
   for (int64_t k = 0; k < length; ++k) {
     const int16_t w = weight[k];
@@ -180,6 +195,11 @@ CBF_FUSED_FOR_EVERY_CPU void compute(const Job<float, float>& job, int64_t rows,
 
 CBF_FUSED_FOR_EVERY_CPU void compute(const Job<float, at::BFloat16>& job, int64_t rows,
                                      int64_t begin, int64_t end) {
+  some_outputs(job, rows, begin, end);
+}
+
+CBF_FUSED_FOR_EVERY_CPU void compute(const Job<float, at::Half>& job, int64_t rows, int64_t begin,
+                                     int64_t end) {
   some_outputs(job, rows, begin, end);
 }
 
@@ -286,18 +306,17 @@ struct Products {
   int64_t rows, inputs, outputs;  // outputs: rows of weight
   float* y;
 
-  void by_float(const at::Tensor& weight) const {
-    const Job<float, float> job = {
-        x, weight.const_data_ptr<float>(), nullptr, nullptr, y, inputs, outputs};
+  template <typename W>
+  void by(const float* own, const at::Tensor& weight) const {
+    const Job<float, W> job = {own,    weight.const_data_ptr<W>(), nullptr, nullptr, y, inputs,
+                               outputs};
     compute_in_parallel(job, rows);
   }
 
   void by_bfloat16(const at::Tensor& weight) const {
     std::vector<float> apart(rows * inputs);
     take_apart(x, rows, inputs, apart.data());
-    const Job<float, at::BFloat16> job = {
-        apart.data(), weight.const_data_ptr<at::BFloat16>(), nullptr, nullptr, y, inputs, outputs};
-    compute_in_parallel(job, rows);
+    by<at::BFloat16>(apart.data(), weight);
   }
 
   void by_int8(const at::Tensor& weight, const at::Tensor& scale) const {
@@ -315,9 +334,16 @@ struct Products {
   }
 
   void compute(const at::Tensor& weight, const std::optional<at::Tensor>& scale) const {
-    if (weight.scalar_type() == at::kChar) return by_int8(weight, *scale);
-    if (weight.scalar_type() == at::kBFloat16) return by_bfloat16(weight);
-    by_float(weight.to(at::kFloat));
+    switch (weight.scalar_type()) {
+      case at::kChar:
+        return by_int8(weight, *scale);
+      case at::kBFloat16:
+        return by_bfloat16(weight);
+      case at::kHalf:
+        return by<at::Half>(x, weight);
+      default:
+        return by<float>(x, weight);
+    }
   }
 };
 

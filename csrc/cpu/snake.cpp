@@ -49,9 +49,7 @@ CBF_INLINE Floats widen(const float* from) { return load<Floats>(from); }
 
 CBF_INLINE Floats widen(const at::Half* from) { return floats_of_halves(from); }
 
-CBF_INLINE Floats widen(const at::BFloat16* from) {
-  return (Floats)(__builtin_convertvector(load<Shorts>(from), Words) << 16);
-}
+CBF_INLINE Floats widen(const at::BFloat16* from) { return floats_of_bfloats(from); }
 
 template <typename T>
 CBF_INLINE void narrow(Floats y, T* to) {

@@ -8,17 +8,23 @@
 //   Floats, Words       8 lanes; all arithmetic is lane by lane
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#if __GNUC__ >= 12
-#define CBF_CLONES target_clones("arch=x86-64-v3", "default")  // v3: AVX2, FMA and F16C
-#else
-#define CBF_CLONES target_clones("avx2", "fma", "default")
-#endif
+#define CBF_FUSED optimize("fp-contract=fast")
+#if defined(__AVX2__) && defined(__FMA__)  // built for such a CPU alone
+#define CBF_FOR_EVERY_CPU
+#define CBF_FUSED_FOR_EVERY_CPU __attribute__((CBF_FUSED))
+#elif __GNUC__ >= 12 && defined(__k8__)  // x86-64: what another -march has, this clone would lack
+#define CBF_CLONES target_clones("arch=x86-64-v3", "default")  // v3 has AVX2 and FMA
 #define CBF_FOR_EVERY_CPU __attribute__((CBF_CLONES))
-#define CBF_FUSED_FOR_EVERY_CPU __attribute__((CBF_CLONES, optimize("fp-contract=fast")))
+#define CBF_FUSED_FOR_EVERY_CPU __attribute__((CBF_CLONES, CBF_FUSED))
+#else
+#define CBF_FOR_EVERY_CPU __attribute__((target_clones("avx2", "default")))
+#define CBF_FUSED_FOR_EVERY_CPU __attribute__((target_clones("fma", "default"), CBF_FUSED))
+#endif
 #else
 #define CBF_FOR_EVERY_CPU
 #define CBF_FUSED_FOR_EVERY_CPU
@@ -50,13 +56,19 @@ CBF_INLINE Vector load(const void* from) {
   return vector;
 }
 
-// Eight float16 as floats: the exponent is moved by a product, which makes subnormals right; what
-// has all ones there is infinite or NaN and keeps them.
+CBF_INLINE Floats floats_of_bfloats(const void* from) {
+  return (Floats)(__builtin_convertvector(load<Shorts>(from), Words) << 16);
+}
+
+// Of float16: the exponent is moved. Subnormal ones are whole numbers of a small step, which no
+// arithmetic on subnormal floats is needed for; infinities and NaN keep an exponent of ones.
 CBF_INLINE Floats floats_of_halves(const void* from) {
   const Words bits = __builtin_convertvector(load<Shorts>(from), Words);
-  const Words size = (bits & 0x7fffu) << 13;
+  const Words size = (bits & 0x7fffu) << 13, is_small = (Words)(size < 0x00800000u);
   const Words special = (Words)(size >= 0x0f800000u) & 0x7f800000u;
-  return (Floats)((Words)((Floats)size * 0x1p112f) | special | (bits & 0x8000u) << 16);
+  const Words small = (Words)((Floats)((bits & 0x7fffu) | 0x3f000000u) - 0.5f);
+  const Words normal = (size + 0x38000000u) | special;
+  return (Floats)((small & is_small) | (normal & ~is_small) | (bits & 0x8000u) << 16);
 }
 
 CBF_INLINE float sum(Floats vector) {
@@ -83,6 +95,15 @@ CBF_INLINE Floats sum_of_each(const Floats (&v)[kLanes]) {
   }
   return CBF_SHUFFLE(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
          CBF_SHUFFLE(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+// b where one of them is NaN.
+CBF_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+CBF_INLINE float largest(Floats vector) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &vector, sizeof lanes);
+  return *std::max_element(lanes, lanes + kLanes);
 }
 
 CBF_INLINE Floats all(float x) { return Floats{} + x; }
