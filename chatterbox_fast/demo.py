@@ -23,6 +23,7 @@ from torch import Tensor
 from .options import Precision
 from .overrides import Override, apply_all, undo_all
 from .patch import patched, report
+from .precision import cpu_multiplies_bf16
 from .testing import random_model
 from .watermark import require_perth
 
@@ -227,6 +228,12 @@ def describe_machine(device: Any) -> dict[str, str]:
 
 
 def _processor() -> str:
+    """The CPU's name and what torch makes use of: one name stands for several generations."""
+    bf16 = ", bfloat16" if cpu_multiplies_bf16() else ""
+    return f"{_processor_name()} ({torch.backends.cpu.get_cpu_capability()}{bf16})"
+
+
+def _processor_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
