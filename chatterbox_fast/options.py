@@ -17,9 +17,9 @@ class Options:
         precision: ``"exact"`` is the model's own dtype and gives stock's tokens for the same seed.
             ``"bf16"``, ``"fp16"`` and ``"int8"`` store T3's matrices in that, and its KV cache in
             half precision: faster, less memory, other tokens. S3Gen's matrices are in half
-            precision with all three on a GPU, never on a CPU. ``"auto"`` is exact on a CPU, bf16 on
-            a GPU that has it, else fp16. Where a device gains nothing from one, exact runs, and
-            report() says why.
+            precision with all three on a GPU, and in bfloat16 with bf16 and int8 on a CPU that
+            multiplies it. ``"auto"`` is exact on a CPU, bf16 on a GPU that has it, else fp16. Where
+            a device gains nothing from one, exact runs, and report() says why.
         backend: which implementation of each op to prefer; ``"auto"``, as ``"cuda"``, takes the
             extension (C++ on a CPU), else Triton, else plain torch, in which int8, and on a CPU
             bf16, are not to be had. `CHATTERBOX_FAST_BACKEND` overrides it.

@@ -69,15 +69,11 @@ struct Queries {
   float highest[kQueries], totals[kQueries];
 };
 
-// to (kTile, 16) += a (kTile, depth) b (depth, 16); rows of each lie kDim apart.
+// to (kTile, 16) = a (kTile, depth) b (depth, 16), or added to it; rows of each lie kDim apart.
+template <bool kAdded>
 CBF_INLINE void multiply_tile(const float* a, const float* b, int64_t depth, float* to) {
   static_assert(kDim == kKeys);
-  Floats sums[kTile][2];
-#pragma GCC unroll 6
-  for (int m = 0; m < kTile; ++m) {
-    sums[m][0] = load<Floats>(to + m * kDim);
-    sums[m][1] = load<Floats>(to + m * kDim + kLanes);
-  }
+  Floats sums[kTile][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
     const auto low = load<Floats>(b + k * kDim), high = load<Floats>(b + k * kDim + kLanes);
 #pragma GCC unroll 6
@@ -89,16 +85,20 @@ CBF_INLINE void multiply_tile(const float* a, const float* b, int64_t depth, flo
   }
 #pragma GCC unroll 6
   for (int m = 0; m < kTile; ++m) {
-    std::memcpy(to + m * kDim, &sums[m][0], sizeof(Floats));
-    std::memcpy(to + m * kDim + kLanes, &sums[m][1], sizeof(Floats));
+    for (int i = 0; i < 2; ++i) {
+      float* const own = to + m * kDim + i * kLanes;
+      const Floats sum = kAdded ? load<Floats>(own) + sums[m][i] : sums[m][i];
+      std::memcpy(own, &sum, sizeof sum);
+    }
   }
 }
 
-// to (kQueries, 64) += a (kQueries, depth) b (depth, 64).
+// to (kQueries, 64) = a (kQueries, depth) b (depth, 64), or added to it.
+template <bool kAdded>
 CBF_INLINE void multiply(const float* a, const float* b, int64_t depth, float* to) {
   for (int64_t column = 0; column < kDim; column += kWide) {
     for (int64_t m = 0; m < kQueries; m += kTile) {
-      multiply_tile(a + m * kDim, b + column, depth, to + m * kDim + column);
+      multiply_tile<kAdded>(a + m * kDim, b + column, depth, to + m * kDim + column);
     }
   }
 }
@@ -147,12 +147,11 @@ CBF_INLINE void attend(const T* from, int64_t stride, int64_t count, const Block
   std::fill_n(own.highest, kQueries, -FLT_MAX);  // not -infinity, which scores may be
   for (int64_t start = 0; start < length; start += kKeys, ++blocks) {
     const int64_t keys = std::min(kKeys, length - start);
-    std::memset(own.scores, 0, sizeof own.scores);
-    multiply(own.q[0], blocks->keys[0], kDim, own.scores[0]);
+    multiply<false>(own.q[0], blocks->keys[0], kDim, own.scores[0]);
     for (int64_t m = 0; m < count; ++m) {
       soften(own.scores[m], keys, own.highest[m], own.totals[m], own.sums[m]);
     }
-    multiply(own.scores[0], blocks->values[0], keys, own.sums[0]);
+    multiply<true>(own.scores[0], blocks->values[0], keys, own.sums[0]);
   }
   for (int64_t m = 0; m < count; ++m) {
     for (int64_t d = 0; d < kDim; ++d) {
