@@ -45,11 +45,12 @@ def free_cached(device: torch.device) -> None:
 
 
 def graph_settings() -> tuple[Any, ...]:
-    """Whether there are graphs, and which kernels torch captures: others ask for another engine."""
+    """Whether there are graphs, and which kernels torch takes: others ask for another engine."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    switches = graphs_wanted(), torch.backends.mkldnn.enabled
     if hasattr(cudnn, "conv"):  # since torch 2.9, where both ways of setting them show
-        return graphs_wanted(), cudnn.conv.fp32_precision, matmul.fp32_precision
-    return graphs_wanted(), cudnn.allow_tf32, matmul.allow_tf32
+        return *switches, cudnn.conv.fp32_precision, matmul.fp32_precision
+    return *switches, cudnn.allow_tf32, matmul.allow_tf32
 
 
 class Pool:

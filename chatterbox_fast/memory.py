@@ -38,7 +38,7 @@ class Arena:
         """The next tensor, not initialised, with a storage of its own.
 
         Raises:
-            ValueError: it is more than was announced.
+            ValueError: it is more than was announced, where there is a block.
         """
         count = math.prod(shape)
         if self._block is None or count == 0:

@@ -171,8 +171,6 @@ def skinny_linear(
 ) -> Tensor:
     """``x @ weight.T`` for a few rows: reads the weights once, in the dtype they are stored in.
 
-    On a CPU float16 weights are widened as a whole at each call.
-
     Args:
         x, weight, scale, norm, residual, eps, gated: see `reference.skinny_linear`. Where one of
             them requires a gradient the reference runs, which has one.
@@ -348,7 +346,7 @@ def istft_by(backend: str) -> Callable[..., Tensor]:
 def padded_attention(
     qkv: Tensor, lengths: Tensor, heads: int, *, backend: Backend = "auto"
 ) -> Tensor:
-    """Full attention of sequences that a bucket pads: each row's first positions to each other.
+    """Full attention of sequences that are padded: each row's first positions to each other.
 
     Args:
         qkv, lengths, heads: see `reference.padded_attention`. The kernels take heads of 64, and a

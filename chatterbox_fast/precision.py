@@ -55,7 +55,7 @@ def choose_float(
     """
     wanted, why = str(options.precision), "asked for"
     if device.type != "cuda":
-        return _choose_float_on_cpu(wanted, own)
+        return _choose_float_without_cuda(wanted, device, own)
     if wanted in ("auto", "int8"):
         auto, why = _auto(device)
         why = why if wanted == "auto" else "int8 is T3's alone"
@@ -65,15 +65,21 @@ def choose_float(
     return wanted, DTYPES.get(wanted, own), why
 
 
-def _choose_float_on_cpu(wanted: str, own: torch.dtype) -> tuple[str, torch.dtype, str]:
+def _choose_float_without_cuda(
+    wanted: str, device: torch.device, own: torch.dtype
+) -> tuple[str, torch.dtype, str]:
     if wanted == "exact":
         return "exact", own, "asked for"
-    if wanted not in ("bf16", "int8"):
-        return "exact", own, "S3Gen is float32 on a CPU"
-    # Where it does not, one thread of an EPYC took 6 times as long for the solver in bfloat16 as in
-    # float32, and 9 times for the vocoder.
+    if device.type != "cpu":
+        return "exact", own, f"S3Gen is float32 on {device.type}"
+    if wanted == "auto":
+        return "exact", own, "the default on a CPU"
+    if wanted == "fp16":
+        return "exact", own, "a CPU gains nothing from fp16"
+    # Without such instructions one thread of an EPYC took 6 times as long for the solver in
+    # bfloat16 as in float32, and 9 times for the vocoder.
     if not cpu_multiplies_bf16():
-        return "exact", own, "this CPU does not multiply bfloat16"
+        return "exact", own, "S3Gen's bf16 needs a CPU with AVX512_BF16 or AMX, and oneDNN"
     if (reason := _why_not_from(own, "bf16")) is not None:
         return "exact", own, reason
     return "bf16", torch.bfloat16, "asked for" if wanted == "bf16" else "int8 is T3's alone"
@@ -83,8 +89,8 @@ def cpu_multiplies_bf16() -> bool:
     """Whether this CPU does (AVX512_BF16 or AMX), and torch has the oneDNN that makes use of it."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
-    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in asked)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
 
 
 def _auto(device: torch.device) -> tuple[str, str]:

@@ -387,6 +387,7 @@ def test_s3gens_stages_are_the_same_work(monkeypatch: pytest.MonkeyPatch) -> Non
     line = [*S3GEN.split(), "0.2", "--stages", "encoder"]
     raw = s3gen_bench.run(s3gen_bench.parser().parse_args(line))
     assert raw["difference"]["0.2"]["exact"]["encoder"] > 5e-3, "other work is seen"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for has in (True, False):
         monkeypatch.setattr(s3gen_bench, "cpu_multiplies_bf16", lambda has=has: has)
         variants = s3gen_bench.parser().parse_args([]).variants

@@ -15,6 +15,7 @@ from chatterbox_fast.memory import Arena
 CPU = torch.device("cpu")
 HUGE = 2 << 20
 SMAPS = Path("/proc/self/smaps")
+on_linux = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux has the arena")
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -32,8 +33,8 @@ def test_tensors_are_cut_one_after_the_other_and_do_not_overlap() -> None:
     assert starts == sorted(starts)
     assert all((start - starts[0]) % 64 == 0 for start in starts)
     assert all(tensor.is_contiguous() for tensor in (floats, bytes_, halves))
-    assert not any(tensor._is_view() and tensor._base is halves for tensor in (floats, bytes_))
-    assert {tensor.storage_offset() for tensor in (floats, bytes_, halves)} == {0}
+    # Views of one tensor would be so for torch.compile, too.
+    assert len({each.untyped_storage().data_ptr() for each in (floats, bytes_, halves)}) == 3
 
 
 def test_what_was_cut_outlives_the_arena() -> None:
@@ -43,6 +44,7 @@ def test_what_was_cut_outlives_the_arena() -> None:
     assert other.eq(3.0).all()
 
 
+@on_linux
 def test_more_than_was_announced_is_not_cut() -> None:
     arena = Arena([64], CPU)
     arena.cut((16,), torch.float32)
@@ -50,6 +52,7 @@ def test_more_than_was_announced_is_not_cut() -> None:
         arena.cut((16,), torch.float32)
 
 
+@on_linux
 def test_no_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = mock.Mock(side_effect=OSError(12, "Cannot allocate memory"))
     monkeypatch.setattr(mmap, "mmap", refused)
@@ -57,6 +60,7 @@ def test_no_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         Arena([100], CPU)
 
 
+@on_linux
 def test_a_kernel_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     class Plain(mmap.mmap):
         madvise = mock.Mock(side_effect=OSError(22, "Invalid argument"))

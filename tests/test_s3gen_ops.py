@@ -18,7 +18,7 @@ from chatterbox_fast.options import Options
 from chatterbox_fast.overrides import apply_all, undo_all
 from chatterbox_fast.s3gen.encoder import encode, pack_encoder
 from chatterbox_fast.s3gen.flow import condition, pack_flow, solve, time_table
-from chatterbox_fast.s3gen.layers import attention, each_layer, without_onednn
+from chatterbox_fast.s3gen.layers import each_layer, without_onednn
 from chatterbox_fast.s3gen.site import lengths_site, why_without_lengths
 from chatterbox_fast.s3gen.vocoder import Draws, decode, f0, pack_vocoder, source
 from chatterbox_fast.testing import random_s3gen
@@ -33,7 +33,7 @@ def deep() -> Any:
     s3gen = random_s3gen("tiny")
     stock = import_module("chatterbox.models.s3gen.s3gen")
     s3gen.flow.decoder.estimator = stock.ConditionalDecoder(
-        channels=[32], attention_head_dim=8, num_heads=2
+        channels=[32], attention_head_dim=64, num_heads=2
     )
     s3gen.flow.encoder = stock.UpsampleConformerEncoder(
         input_layer="linear",
@@ -127,10 +127,7 @@ def test_a_cpu_attends_by_the_kernel() -> None:
     blocks = sum(type(each).__name__ == "BasicTransformerBlock" for each in s3gen.modules())
     assert blocks > 0
     assert counted.ops["chatterbox_fast::padded_attention"] == 10 * blocks
-    qkv = torch.randn(2, 100, 3 * 3 * 64)
-    expected = attention(qkv, 3)
-    torch.testing.assert_close(attention(qkv, 3, by="extension"), expected)
-    torch.testing.assert_close(attention(qkv, 3, by="reference"), expected, rtol=0, atol=0)
+    assert counted.ops["aten::full"] < 10, "lengths are made once"
 
 
 @pytest.mark.gpu
@@ -164,7 +161,7 @@ def test_f0_is_no_convolution_on_a_gpu(deep: Any) -> None:
     assert pitch.shape == (1, 9)
     assert pitch.is_cuda
     assert counted.ops["aten::elu_"] == 5
-    assert not [op for op in counted.ops if "conv" in op]
+    assert not [op for op in counted.ops if "conv" in op or "mkldnn" in op]
 
 
 def to_gpu(layer: Any) -> Any:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from s3gen_toolkit import relative, rough_s3gen, utterance
+from s3gen_toolkit import Engine, relative, rough_s3gen, utterance
 from torch import Tensor
 
+from chatterbox_fast import precision as choosing
 from chatterbox_fast.options import Options
 from chatterbox_fast.precision import choose_float
 from chatterbox_fast.s3gen.encoder import encode, pack_encoder
@@ -23,6 +24,7 @@ from chatterbox_fast.s3gen.layers import (
     saturated,
 )
 from chatterbox_fast.s3gen.vocoder import ResBlock, decode, pack_vocoder
+from chatterbox_fast.testing import random_s3gen
 
 HALVES = [torch.bfloat16, torch.float16]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -33,18 +35,25 @@ def s3gen() -> Any:
     return rough_s3gen()
 
 
-def our_mel(flow: Any, dtype: torch.dtype | None, steps: int = 10, **case: Any) -> Tensor:
-    """What the engine makes of an utterance in `dtype`, from fixed noise."""
+def our_mel(
+    flow: Any, dtype: torch.dtype | None, steps: int = 10, padded: str = "reference", **case: Any
+) -> Tensor:
+    """What the engine makes of an utterance in `dtype`, from fixed noise.
+
+    `padded`: what attends; "extension" as on a CPU.
+    """
     own = utterance(**case)
     tokens = torch.cat([own["prompt_token"].long(), own["token"]], dim=1)
-    encoder, solver = pack_encoder(flow, dtype), pack_flow(flow.decoder, dtype)
+    encoder, solver = pack_encoder(flow, dtype), pack_flow(flow.decoder, dtype, padded)
     mu = encode(encoder, tokens)
     prompt = torch.zeros_like(mu)
     prompt[:, : own["prompt_feat"].shape[1]] = own["prompt_feat"]
     speaker = flow.spk_embed_affine_layer(torch.nn.functional.normalize(own["embedding"], dim=1))
     noise = torch.randn(mu.shape, generator=torch.Generator().manual_seed(1))
     given = condition(solver, mu, speaker, prompt)
-    return solve(solver, time_table(flow.decoder, steps), given, noise)
+    lengths = torch.full((len(given.conv),), noise.shape[1], dtype=torch.int32)
+    lengths = lengths if padded == "extension" else None
+    return solve(solver, time_table(flow.decoder, steps), given, noise, lengths)
 
 
 def stocks_mel(flow: Any, monkeypatch: pytest.MonkeyPatch, **case: Any) -> Tensor:
@@ -72,9 +81,10 @@ def test_the_mel_is_no_further_off_than_stocks_under_autocast(
     assert relative(exact, expected) < 1e-5, "the same noise"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stocks = mean_distance(stocks_mel(s3gen.flow, monkeypatch, **case), expected)
-    ours = our_mel(s3gen.flow, dtype, **case)[:, -expected.shape[1] :]
-    assert ours.dtype == torch.float32
-    assert 0 < mean_distance(ours, expected) <= stocks
+    for padded in ("reference", "extension"):
+        ours = our_mel(s3gen.flow, dtype, padded=padded, **case)[:, -expected.shape[1] :]
+        assert ours.dtype == torch.float32
+        assert 0 < mean_distance(ours, expected) <= stocks
 
 
 @torch.inference_mode()
@@ -165,6 +175,38 @@ def test_what_stays_in_float32(s3gen: Any) -> None:
     )
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_a_cpu_that_multiplies_bf16_speaks_in_it(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From tokens to audio; one that does not computes the same, more slowly."""
+    s3gen = random_s3gen("tiny").eval()
+    arguments = utterance(20, 5)
+    voice = {name: arguments[name] for name in ("prompt_token", "prompt_feat", "embedding")}
+    voice |= {"prompt_token_len": torch.tensor([5]), "prompt_feat_len": None}
+
+    def speak(**options: Any) -> tuple[Tensor, list[str], int]:
+        engine = Engine(s3gen, **options)
+        torch.manual_seed(1)
+        with engine:
+            mel = s3gen.flow_inference(arguments["token"], ref_dict=dict(voice))
+            wave, _ = s3gen.inference(arguments["token"], ref_dict=dict(voice))
+        assert wave.isfinite().all()
+        assert wave.dtype == mel.dtype == torch.float32
+        runs = [row.runs for row in engine.rows() if row.site in ("s3gen.flow", "s3gen.vocoder")]
+        return mel, runs, wave.shape[-1]
+
+    monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: False)
+    exact, runs, samples = speak(precision=precision)
+    assert runs == ["engine, exact"] * 2
+    monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: True)
+    narrow, runs, as_many = speak(precision=precision)
+    assert runs == ["engine, bf16"] * 2
+    assert as_many == samples
+    assert 1e-4 < relative(narrow, exact) < 0.05
+
+
 @pytest.mark.parametrize("asked", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
 def test_bf16_on_a_cpu_that_multiplies_it(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(precision: str, own: torch.dtype = torch.float) -> Any:
@@ -173,7 +215,7 @@ def test_bf16_on_a_cpu_that_multiplies_it(asked: str, monkeypatch: pytest.Monkey
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
     for precision in ("bf16", "int8"):
-        why = "this CPU does not multiply bfloat16"
+        why = "S3Gen's bf16 needs a CPU with AVX512_BF16 or AMX, and oneDNN"
         assert chosen(precision) == ("exact", torch.float, why)
     monkeypatch.setattr(torch.cpu, asked, lambda: True)
     assert chosen("bf16") == ("bf16", torch.bfloat16, "asked for")
@@ -195,8 +237,10 @@ def test_which_precision(monkeypatch: pytest.MonkeyPatch) -> None:
         return choose_float(Options.of(precision=precision), device, own)
 
     assert chosen("exact", CPU) == ("exact", torch.float, "asked for")
-    for precision in ("auto", "fp16"):
-        assert chosen(precision, CPU) == ("exact", torch.float, "S3Gen is float32 on a CPU")
+    assert chosen("auto", CPU) == ("exact", torch.float, "the default on a CPU")
+    assert chosen("fp16", CPU) == ("exact", torch.float, "a CPU gains nothing from fp16")
+    monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: True)
+    assert chosen("bf16", torch.device("xpu")) == ("exact", torch.float, "S3Gen is float32 on xpu")
     assert chosen("exact", GPU) == ("exact", torch.float, "asked for")
     assert chosen("fp16", GPU) == ("fp16", torch.float16, "asked for")
     assert chosen("auto", GPU) == ("bf16", torch.bfloat16, "the default on a GPU")

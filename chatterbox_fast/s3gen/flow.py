@@ -38,7 +38,7 @@ from .layers import (
 class Transformer(NamedTuple):
     """diffusers' BasicTransformerBlock with self-attention alone.
 
-    `padded` names the backend of `padded_attention`, for rows that a bucket pads.
+    `padded` names the backend of `padded_attention`, which attends where rows have lengths.
     """
 
     norm: Norm

@@ -52,9 +52,10 @@ class Linear(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x @ weight.T + bias`` over the last dimension."""
+        x = narrowed(x, self.weight.dtype)
         if self.onednn:
             return self._activated(x, "none", "")
-        return F.linear(narrowed(x, self.weight.dtype), self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU (the exact one, by erf) of the output."""
@@ -203,11 +204,8 @@ def attention(qkv: Tensor, heads: int, lengths: Tensor | None = None, by: str = 
 
     Args:
         lengths: ``(B,)`` int32, how many positions each row has; None is all.
-        by: the backend of `padded_attention`, where there are lengths; on a CPU in any case, as its
-            kernel is faster than torch's.
+        by: the backend of `padded_attention`, where there are lengths.
     """
-    if lengths is None and by == "extension" and qkv.device.type == "cpu":
-        lengths = qkv.new_full(qkv.shape[:1], qkv.shape[1], dtype=torch.int32)
     if lengths is not None:
         return ops.padded_attention_by(by)(qkv, lengths, heads)
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)

@@ -148,8 +148,8 @@ def pack_vocoder(
     window = mel2wav.stft_window.double()
     weights = VocoderWeights(
         f0_convs=tuple(sequence_conv(each) for each in mel2wav.f0_predictor.condnet[::2]),
-        f0_head=linear(mel2wav.f0_predictor.classifier),
-        merge=linear(mel2wav.m_source.l_linear),
+        f0_head=linear(mel2wav.f0_predictor.classifier)._replace(onednn=False),  # as stock rounds
+        merge=linear(mel2wav.m_source.l_linear)._replace(onednn=False),
         harmonics=torch.arange(1, generator.harmonic_num + 2, device=weight.device),
         conv_pre=sequence_conv(mel2wav.conv_pre),
         stages=tuple(stages),

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cfloat>
+#include <cmath>
 
 #include "vectors.h"
 
@@ -93,11 +94,11 @@ CBF_INLINE void multiply_tile(const float* a, const float* b, int64_t depth, flo
   }
 }
 
-// to (kQueries, 64) = a (kQueries, depth) b (depth, 64), or added to it.
+// to (rows, 64) = a (rows, depth) b (depth, 64), or added to it; up to a whole tile of rows.
 template <bool kAdded>
-CBF_INLINE void multiply(const float* a, const float* b, int64_t depth, float* to) {
+CBF_INLINE void multiply(const float* a, const float* b, int64_t rows, int64_t depth, float* to) {
   for (int64_t column = 0; column < kDim; column += kWide) {
-    for (int64_t m = 0; m < kQueries; m += kTile) {
+    for (int64_t m = 0; m < rows; m += kTile) {
       multiply_tile<kAdded>(a + m * kDim, b + column, depth, to + m * kDim + column);
     }
   }
@@ -147,11 +148,11 @@ CBF_INLINE void attend(const T* from, int64_t stride, int64_t count, const Block
   std::fill_n(own.highest, kQueries, -FLT_MAX);  // not -infinity, which scores may be
   for (int64_t start = 0; start < length; start += kKeys, ++blocks) {
     const int64_t keys = std::min(kKeys, length - start);
-    multiply<false>(own.q[0], blocks->keys[0], kDim, own.scores[0]);
+    multiply<false>(own.q[0], blocks->keys[0], count, kDim, own.scores[0]);
     for (int64_t m = 0; m < count; ++m) {
       soften(own.scores[m], keys, own.highest[m], own.totals[m], own.sums[m]);
     }
-    multiply<true>(own.scores[0], blocks->values[0], keys, own.sums[0]);
+    multiply<true>(own.scores[0], blocks->values[0], count, keys, own.sums[0]);
   }
   for (int64_t m = 0; m < count; ++m) {
     for (int64_t d = 0; d < kDim; ++d) {
