@@ -34,14 +34,17 @@ pytest: $(VENV)/.ready
 test-full-size: $(VENV)/.ready
 	$(BIN)/pytest -m full_size -s $(ARGS)
 
+# Thousands of modules are compiled when they are imported, which most never are.
+INSTALL := pip install -q --no-compile
+
 # torch 2.11 and its compiler, stock Chatterbox beside it, this package in place.
 $(VENV)/.ready: setup.py pyproject.toml $(wildcard requirements/*.txt) \
                 $(shell git ls-files csrc 2>/dev/null)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -r requirements/torch.txt
-	$(BIN)/pip install -q -r requirements/chatterbox.txt
-	$(BIN)/pip install -q --no-deps -r requirements/chatterbox-no-deps.txt
-	$(BIN)/pip install -q -e '.[dev]'
+	$(BIN)/$(INSTALL) -r requirements/torch.txt
+	$(BIN)/$(INSTALL) -r requirements/chatterbox.txt
+	$(BIN)/$(INSTALL) --no-deps -r requirements/chatterbox-no-deps.txt
+	$(BIN)/$(INSTALL) -e '.[dev]'
 	touch $@
 
 # The suite against a checkout of upstream: make test-head HEAD=path/to/chatterbox
@@ -55,8 +58,8 @@ test-stock-pins: .venv-pins/.ready
 
 .venv-pins/.ready: setup.py pyproject.toml $(shell git ls-files csrc 2>/dev/null)
 	test -x .venv-pins/bin/python || $(PYTHON) -m venv .venv-pins
-	.venv-pins/bin/pip install -q chatterbox-tts==0.1.7 'setuptools<81'
-	.venv-pins/bin/pip install -q '.[dev]'
+	.venv-pins/bin/$(INSTALL) chatterbox-tts==0.1.7 'setuptools<81'
+	.venv-pins/bin/$(INSTALL) '.[dev]'
 	touch $@
 
 # ---- On a machine with a GPU. Uses PYTHON as it is, installs nothing into it, needs no network.
