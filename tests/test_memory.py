@@ -20,14 +20,14 @@ THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def test_tensors_are_cut_one_after_the_other_and_do_not_overlap() -> None:
-    arena = Arena([5 * 4, 3, 2 * 7 * 2, 0], CPU)
-    floats = arena.cut((5,), torch.float32).fill_(1.5)
+    arena = Arena([50 * 4, 3, 2 * 70 * 2, 0], CPU)
+    floats = arena.cut((50,), torch.float32).fill_(1.5)
     bytes_ = arena.cut((3, 1), torch.int8).fill_(-3)
-    halves = arena.cut((2, 7), torch.bfloat16).fill_(0.25)
+    halves = arena.cut((2, 70), torch.bfloat16).fill_(0.25)
     nothing = arena.cut((0, 4), torch.float32)
-    assert floats.tolist() == [1.5] * 5
+    assert floats.tolist() == [1.5] * 50
     assert bytes_.tolist() == [[-3]] * 3
-    assert halves.tolist() == [[0.25] * 7] * 2
+    assert halves.tolist() == [[0.25] * 70] * 2
     assert nothing.shape == (0, 4)
     starts = [tensor.data_ptr() for tensor in (floats, bytes_, halves)]
     assert starts == sorted(starts)
