@@ -73,7 +73,7 @@ def _choose_float_without_cuda(
     if device.type != "cpu":
         return "exact", own, f"S3Gen is float32 on {device.type}"
     if wanted == "auto":
-        return "exact", own, "the default on a CPU"
+        return "exact", own, _auto(device)[1]
     if wanted == "fp16":
         return "exact", own, "a CPU gains nothing from fp16"
     # Without such instructions one thread of an EPYC took 6 times as long for the solver in

@@ -21,6 +21,7 @@
 #include <mutex>
 #include <vector>
 
+#include "floating.h"
 #include "kernels/torch_random.cuh"
 
 namespace chatterbox_fast {
@@ -262,20 +263,10 @@ at::Tensor cfg_sample(const at::Tensor& logits, at::Tensor seen, const at::Tenso
       sizes.rows, philox_threads, sizes.guided};
   at::Tensor token = at::empty({sizes.rows}, seen.options().dtype(at::kLong));
   int64_t* tokens = token.mutable_data_ptr<int64_t>();
-  const auto sample = [&](auto zero) {
+  by_type(logits.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     philox ? sample_with_philox<T>(arguments, tokens) : sample_with_generator<T>(arguments, tokens);
-  };
-  switch (logits.scalar_type()) {
-    case at::kHalf:
-      sample(at::Half());
-      break;
-    case at::kBFloat16:
-      sample(at::BFloat16());
-      break;
-    default:
-      sample(0.0f);
-  }
+  });
   return token;
 }
 

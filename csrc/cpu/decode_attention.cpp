@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "floating.h"
 #include "vectors.h"
 
 namespace chatterbox_fast {
@@ -358,8 +359,8 @@ at::Tensor decode_attention(const at::Tensor& qkv, at::Tensor k_cache, at::Tenso
   at::Tensor out = at::empty({sizes.rows, sizes.heads * kHeadDim}, wide.options());
   const int64_t pairs = sizes.rows * sizes.heads;
   if (pairs == 0) return out.to(qkv.scalar_type());
-  const auto run = [&](auto type) {
-    using T = decltype(type);
+  by_type(k_cache.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
     Attention<T> job = {sizes,
                         wide.const_data_ptr<float>(),
                         Cache<T>(k_cache),
@@ -372,17 +373,7 @@ at::Tensor decode_attention(const at::Tensor& qkv, at::Tensor k_cache, at::Tenso
                         splits > 0 ? splits : std::max<int64_t>(1, kTasks / pairs)};
     read_positions(position, flags, sizes, job.lengths);
     compute_all(job, out.mutable_data_ptr<float>());
-  };
-  switch (k_cache.scalar_type()) {
-    case at::kHalf:
-      run(at::Half());
-      break;
-    case at::kBFloat16:
-      run(at::BFloat16());
-      break;
-    default:
-      run(float());
-  }
+  });
   return out.to(qkv.scalar_type());
 }
 

@@ -18,6 +18,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "floating.h"
 #include "vectors.h"
 
 namespace chatterbox_fast {
@@ -30,12 +31,6 @@ constexpr int kTile = 6;                 // queries of a tile: 12 sums, 2 vector
 constexpr int64_t kQueries = 8 * kTile;  // of a task
 constexpr int64_t kWide = 2 * kLanes;    // keys, or dimensions, of a tile
 constexpr float kScale = 0.125f;         // 1 / sqrt(64)
-
-// ---- Types of qkv: eight of them as floats, and back, rounded to nearest.
-
-CBF_INLINE Floats widen(const float* from) { return load<Floats>(from); }
-CBF_INLINE Floats widen(const at::Half* from) { return floats_of_halves(from); }
-CBF_INLINE Floats widen(const at::BFloat16* from) { return floats_of_bfloats(from); }
 
 // ---- Packing.
 
@@ -52,7 +47,7 @@ CBF_INLINE void pack_block(const T* keys, const T* values, int64_t stride, int64
   for (int64_t n = 0; n < count; ++n, keys += stride, values += stride) {
     for (int64_t d = 0; d < kDim; d += kLanes) {
       float lanes[kLanes];
-      const Floats key = widen(keys + d), value = widen(values + d);
+      const Floats key = floats_of(keys + d), value = floats_of(values + d);
       std::memcpy(lanes, &key, sizeof key);
       for (int i = 0; i < kLanes; ++i) block.keys[d + i][n] = lanes[i];
       std::memcpy(&block.values[n][d], &value, sizeof value);
@@ -141,7 +136,7 @@ CBF_INLINE void attend(const T* from, int64_t stride, int64_t count, const Block
   std::memset(&own, 0, sizeof own);
   for (int64_t m = 0; m < count; ++m) {
     for (int64_t d = 0; d < kDim; d += kLanes) {
-      const Floats scaled = widen(from + m * stride + d) * kScale;
+      const Floats scaled = floats_of(from + m * stride + d) * kScale;
       std::memcpy(&own.q[m][d], &scaled, sizeof scaled);
     }
   }
@@ -237,8 +232,8 @@ at::Tensor padded_attention(const at::Tensor& qkv, const at::Tensor& lengths, in
   const PaddedAttentionSizes sizes = check_padded_attention(qkv, lengths, heads);
   at::Tensor out = at::empty({sizes.rows, sizes.positions, heads * kDim}, qkv.options());
   if (out.numel() == 0) return out;
-  const auto compute = [&](auto type) {
-    using T = decltype(type);
+  by_type(qkv.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
     const Attention<T> job = {qkv.const_data_ptr<T>(), lengths.const_data_ptr<int>(), sizes, heads,
                               out.mutable_data_ptr<T>()};
     const at::Tensor packed =
@@ -246,17 +241,7 @@ at::Tensor padded_attention(const at::Tensor& qkv, const at::Tensor& lengths, in
     auto* const blocks = static_cast<Block*>(packed.mutable_data_ptr());
     pack_all(job, blocks);
     attend_all(job, blocks);
-  };
-  switch (qkv.scalar_type()) {
-    case at::kHalf:
-      compute(at::Half());
-      break;
-    case at::kBFloat16:
-      compute(at::BFloat16());
-      break;
-    default:
-      compute(float());
-  }
+  });
   return out;
 }
 

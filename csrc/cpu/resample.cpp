@@ -22,6 +22,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "floating.h"
 #include "vectors.h"
 
 namespace chatterbox_fast {
@@ -225,16 +226,9 @@ at::Tensor resample(const at::Tensor& waveform, const at::Tensor& filters,
                      stride,
                      left};
   float* out = y.mutable_data_ptr<float>();
-  switch (waveform.scalar_type()) {
-    case at::kHalf:
-      compute(bank, sizes, length, waveform.const_data_ptr<at::Half>(), out);
-      break;
-    case at::kBFloat16:
-      compute(bank, sizes, length, waveform.const_data_ptr<at::BFloat16>(), out);
-      break;
-    default:
-      compute(bank, sizes, length, waveform.const_data_ptr<float>(), out);
-  }
+  by_type(waveform.scalar_type(), [&](auto zero) {
+    compute(bank, sizes, length, waveform.const_data_ptr<decltype(zero)>(), out);
+  });
   return y.to(waveform.scalar_type());
 }
 

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 
+#include "floating.h"
 #include "vectors.h"
 
 namespace chatterbox_fast {
@@ -43,13 +44,7 @@ CBF_INLINE Floats squared_sine(Floats angle) {
   return sine * sine;
 }
 
-// ---- Types of x: a vector of it as floats, and back, rounded to nearest.
-
-CBF_INLINE Floats widen(const float* from) { return load<Floats>(from); }
-
-CBF_INLINE Floats widen(const at::Half* from) { return floats_of_halves(from); }
-
-CBF_INLINE Floats widen(const at::BFloat16* from) { return floats_of_bfloats(from); }
+// ---- Floats back as a vector of x, rounded to nearest.
 
 template <typename T>
 CBF_INLINE void narrow(Floats y, T* to) {
@@ -67,7 +62,7 @@ CBF_INLINE void narrow(Floats y, at::BFloat16* to) {
 
 template <typename T>
 CBF_INLINE void activate_vector(const T* x, const float* alpha, const float* inverse, T* y) {
-  const Floats own = widen(x);
+  const Floats own = floats_of(x);
   narrow(own + squared_sine(load<Floats>(alpha) * own) * load<Floats>(inverse), y);
 }
 
@@ -124,16 +119,7 @@ at::Tensor snake(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor&
   check_snake(x, alpha, inverse);
   at::Tensor y = at::empty_like(x);
   if (y.numel() == 0) return y;
-  switch (x.scalar_type()) {
-    case at::kHalf:
-      compute<at::Half>(x, alpha, inverse, y);
-      break;
-    case at::kBFloat16:
-      compute<at::BFloat16>(x, alpha, inverse, y);
-      break;
-    default:
-      compute<float>(x, alpha, inverse, y);
-  }
+  by_type(x.scalar_type(), [&](auto zero) { compute<decltype(zero)>(x, alpha, inverse, y); });
   return y;
 }
 

@@ -1,0 +1,25 @@
+// What CPU ops do with tensors of float32, float16 or bfloat16: eight numbers as floats, and a call
+// for the type.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "vectors.h"
+
+namespace chatterbox_fast {
+
+CBF_INLINE Floats floats_of(const float* from) { return load<Floats>(from); }
+CBF_INLINE Floats floats_of(const c10::Half* from) { return floats_of_halves(from); }
+CBF_INLINE Floats floats_of(const c10::BFloat16* from) { return floats_of_bfloats(from); }
+
+// run(zero of the type); float where it is no half.
+template <typename Run>
+void by_type(c10::ScalarType type, const Run& run) {
+  if (type == c10::kHalf) return run(c10::Half());
+  if (type == c10::kBFloat16) return run(c10::BFloat16());
+  run(0.0f);
+}
+
+}  // namespace chatterbox_fast
