@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 RESULTS_DIR ?= bench/results
 
-.PHONY: demo bench test lint format pytest test-full-size test-head test-stock-pins \
+.PHONY: demo bench test lint format pytest test-full-size test-emulated-gpu test-head test-stock-pins \
         gpu-check gpu-build gpu-test gpu-sanitize gpu-bench gpu-bench-kernels gpu-bench-t3 \
         gpu-bench-s3gen gpu-bench-speech gpu-demo tables clean
 
@@ -33,6 +33,16 @@ pytest: $(VENV)/.ready
 # 200 tokens by a full-size T3, stock against ours: minutes on a CPU.
 test-full-size: $(VENV)/.ready
 	$(BIN)/pytest -m full_size -s $(ARGS)
+
+# What needs a GPU, but for Triton's compiler, on an emulated one: a quarter of an hour. Kernels by
+# themselves run thread by thread; in the engines the large ones run as their CPU ops.
+EMULATED_GPU := $(BIN)/python tests/emulated_gpu/build.py
+test-emulated-gpu: $(VENV)/.ready
+	$(EMULATED_GPU) -m pytest -m "gpu and kernel" -k "not triton" --ignore tests/test_engine.py \
+	  --deselect tests/test_padded_attention.py::TestOnAGpu::test_results $(ARGS)
+	EMULATED_GPU_BY_CPU_OP="skinny_linear padded_attention snake resample istft decode_attention" \
+	  $(EMULATED_GPU) -m pytest -m gpu tests/test_emulated_gpu.py tests/test_engine.py \
+	  tests/test_graph.py tests/test_s3gen_*.py tests/parity $(ARGS)
 
 # Thousands of modules are compiled when they are imported, which most never are.
 INSTALL := pip install -q --no-compile

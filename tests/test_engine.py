@@ -512,6 +512,54 @@ def test_decoding_on_a_gpu_does_not_wait(t3_cond: Any) -> None:
 
 
 @pytest.mark.gpu
+def test_requests_on_streams_of_their_own(t3_cond: Any) -> None:
+    """Whoever comes second finds what the first one's stream has still to make."""
+    t3, cond = random_t3("english", "tiny").cuda(), copy.deepcopy(t3_cond).to(device="cuda")
+
+    def request(engine: Engine, number: int) -> list[int]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            tokens = runner.inference(
+                t3, engine, t3_cond=cond, text_tokens=TEXT.cuda(), max_new_tokens=12 + number,
+                generator=torch.Generator("cuda").manual_seed(number),
+            )  # fmt: skip
+            return tokens[0].tolist()
+
+    alone = Engine(t3, Options())
+    in_turn = [request(alone, number) for number in range(4)]
+    assert len({tuple(tokens[:9]) for tokens in in_turn}) == 4
+    together = Engine(t3, Options())
+    with ThreadPoolExecutor(4) as threads:
+        at_once = list(threads.map(lambda number: request(together, number), range(4)))
+    assert at_once == in_turn
+
+
+@pytest.mark.gpu
+def test_after_an_allocation_that_failed_the_next_request_is_served(t3_cond: Any) -> None:
+    t3, cond = random_t3("english", "tiny").cuda(), copy.deepcopy(t3_cond).to(device="cuda")
+    engine = Engine(t3, Options())
+
+    def request(tokens: int) -> list[int]:
+        spoken = runner.inference(
+            t3, engine, t3_cond=cond, text_tokens=TEXT.cuda(), max_new_tokens=tokens,
+            generator=torch.Generator("cuda").manual_seed(3),
+        )  # fmt: skip
+        return spoken[0].tolist()
+
+    expected = request(20)
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    room = torch.cuda.memory_reserved() + 2**20
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+            request(900)  # whose cache is larger
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert request(20) == expected
+    assert request(900)[:20] == expected
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("training", [False, True])
 def test_originals_wait_on_the_host_and_come_back(training: bool) -> None:
     """Also of a T3 that is not the engine's any more when it is unpatched."""

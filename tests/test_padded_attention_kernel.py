@@ -63,6 +63,11 @@ def test_stocks_length(dtype: torch.dtype, plain: bool) -> None:
     check(random_call(560, [500], dtype=dtype), by_kernel(plain))
 
 
+def test_a_sum_over_thousands_of_keys_rounds_as_torchs() -> None:
+    """In float32; in half precision the result is rounded by more than the sum."""
+    check(random_call(3000, [3000], heads=1), by_kernel(plain=True))
+
+
 @on_every_path
 def test_every_length(dtype: torch.dtype, plain: bool) -> None:
     """Around what a tile of keys and of queries takes."""
@@ -149,4 +154,6 @@ def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
         assert entry.spilled == 0
         assert entry.shared == (2 * 64 * 72 * 2 if on_tensor_cores else 4 * (2 * 64 * 68 + 64 * 36))
         if arch in ("89", "90"):
-            assert entry.registers <= 168, "three blocks a multiprocessor"
+            # Three blocks a multiprocessor, or as many as its shared memory has room for.
+            blocks = min(3, (100 if arch == "89" else 227) * 1024 // entry.shared)
+            assert entry.registers <= 65536 // (128 * blocks) // 8 * 8

@@ -6,6 +6,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -348,3 +349,27 @@ def test_a_graph_is_what_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.mel(*own, 10)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_utterances_on_streams_of_their_own() -> None:
+    """Their graphs share memory: one starts when the other's is done, whoever waits for it."""
+    flow = rough_s3gen().flow.cuda()
+    cases = [inputs(tokens, 8, seed=tokens) for tokens in (30, 70, 33, 66)]
+
+    def mel(engine: FlowEngine, case: tuple[Tensor, ...]) -> Tensor:
+        with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+            return engine.mel(*(each.cuda() for each in case), 2)
+
+    alone = FlowEngine(flow, Options.of(precision="exact"))
+    in_turn = []
+    for case in cases:
+        in_turn.append(mel(alone, case))
+        torch.cuda.synchronize()
+        in_turn[-1] = in_turn[-1].clone()
+    together = FlowEngine(flow, Options.of(precision="exact"))
+    with ThreadPoolExecutor(4) as threads:
+        at_once = list(threads.map(lambda case: mel(together, case), cases * 2))
+    torch.cuda.synchronize()
+    for got, expected in zip(at_once, in_turn * 2, strict=True):
+        assert torch.equal(got, expected)

@@ -143,9 +143,9 @@ RT_DEVICE void plain_scores(const float* queries, const float* keys,
   }
 }
 
-// Scores of one query to weights; `valid` keys of the tile count.
-RT_DEVICE Pack<float, 4> plain_weights(const float (&scores)[4], int valid, float (&sums)[8],
-                                       float& highest, float& total) {
+// Scores of one query to weights; `valid` keys of the tile count. What came before is to shrink.
+RT_DEVICE Pack<float, 4> plain_weights(const float (&scores)[4], int valid, float& highest,
+                                       float& total, float& shrink) {
   const int lane = threadIdx.x % kPlainLanes;
   Pack<float, 4> weights;
   const float before = highest;
@@ -158,10 +158,8 @@ RT_DEVICE Pack<float, 4> plain_weights(const float (&scores)[4], int valid, floa
   for (int step = 1; step < kPlainLanes; step *= 2) {
     highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, step));
   }
-  const float shrink = expf(before - highest);
+  shrink = expf(before - highest);
   total *= shrink;
-#pragma unroll
-  for (int d = 0; d < 8; ++d) sums[d] *= shrink;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     weights.items[j] = expf(weights.items[j] - highest);
@@ -171,8 +169,11 @@ RT_DEVICE Pack<float, 4> plain_weights(const float (&scores)[4], int valid, floa
 }
 
 // Adds a tile of values to the sums: elements 4 lane .. and 32 + 4 lane .. of each. `weights`: of
-// the thread's first query, by lane, then by the lane's keys.
-RT_DEVICE void plain_values(const float* weights, const float* values, PlainSoftmax& own) {
+// the thread's first query, by lane, then by the lane's keys. By tiles: one sum over thousands of
+// keys would round thrice as much.
+RT_DEVICE void plain_values(const float* weights, const float* values,
+                            const float (&shrink)[kPlainEach], float (&sums)[kPlainEach][8]) {
+  float tile[kPlainEach][8] = {};
   const float* const column = values + threadIdx.x % kPlainLanes * 4;
 #pragma unroll 1
   for (int lane = 0; lane < kPlainLanes; ++lane) {
@@ -189,11 +190,16 @@ RT_DEVICE void plain_values(const float* weights, const float* values, PlainSoft
       for (int i = 0; i < kPlainEach; ++i) {
 #pragma unroll
         for (int d = 0; d < 4; ++d) {
-          own.sums[i][d] = fmaf(w[i].items[j], low.items[d], own.sums[i][d]);
-          own.sums[i][4 + d] = fmaf(w[i].items[j], high.items[d], own.sums[i][4 + d]);
+          tile[i][d] = fmaf(w[i].items[j], low.items[d], tile[i][d]);
+          tile[i][4 + d] = fmaf(w[i].items[j], high.items[d], tile[i][4 + d]);
         }
       }
     }
+  }
+#pragma unroll
+  for (int i = 0; i < kPlainEach; ++i) {
+#pragma unroll
+    for (int d = 0; d < 8; ++d) sums[i][d] = fmaf(sums[i][d], shrink[i], tile[i][d]);
   }
 }
 
@@ -218,14 +224,15 @@ RT_DEVICE void attend_plain(const PaddedPart<T>& part) {
     __syncthreads();
     float scores[kPlainEach][4] = {};
     plain_scores(queries + group * kPlainRow, keys + lane * kPlainRow, scores);
+    float shrink[kPlainEach];
 #pragma unroll
     for (int i = 0; i < kPlainEach; ++i) {
       float* const to = weights + (group + i * kPlainGroups) * kPlainWeights + 4 * lane;
       *reinterpret_cast<Pack<float, 4>*>(to) =
-          plain_weights(scores[i], valid, own.sums[i], own.highest[i], own.total[i]);
+          plain_weights(scores[i], valid, own.highest[i], own.total[i], shrink[i]);
     }
     __syncwarp();
-    plain_values(weights + group * kPlainWeights, values, own);
+    plain_values(weights + group * kPlainWeights, values, shrink, own.sums);
   }
 #pragma unroll
   for (int i = 0; i < kPlainEach; ++i) {

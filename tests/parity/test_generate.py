@@ -313,9 +313,10 @@ def test_seeds_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = after_seed(model, 21, **arguments)
     with patched(model, precision="exact"):
         cpu, cuda = torch.get_rng_state(), torch.cuda.get_rng_state()
-        got = model.generate(**arguments, seed=21)
-        assert torch.equal(torch.get_rng_state(), cpu)
-        assert torch.equal(torch.cuda.get_rng_state(), cuda)
-    # The same tokens and noise; the convolutions of two runs may differ in rounding.
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() < 1e-3
+        for _ in range(2):  # the second one finds what the first has left, its flags too
+            got = model.generate(**arguments, seed=21)
+            assert torch.equal(torch.get_rng_state(), cpu)
+            assert torch.equal(torch.cuda.get_rng_state(), cuda)
+            # The same tokens and noise; the convolutions of two runs may differ in rounding.
+            assert got.shape == expected.shape
+            assert (got - expected).abs().max() < 1e-3

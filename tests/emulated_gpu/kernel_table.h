@@ -1,0 +1,9 @@
+// Our kernels as g++ compiled them: build.py writes the table.
+#pragma once
+
+struct Kernel {
+  const char* name;  // as __cxa_demangle writes it
+  void (*function)();
+};
+
+extern "C" const Kernel kernel_table[];  // ends with a null name

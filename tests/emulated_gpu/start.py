@@ -1,0 +1,29 @@
+"""Puts torch's operators on the emulated GPU, then runs a module (-m NAME) or a script."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import runpy
+import sys
+
+import torch
+
+_operators = ctypes.CDLL(f"{os.environ['EMULATED_GPU']}/operators.so")
+_names = [name.encode() for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")]
+_operators.emulate_operators((ctypes.c_char_p * len(_names))(*_names), len(_names))
+
+if _by_cpu_op := os.environ.get("EMULATED_GPU_BY_CPU_OP", "").split():
+    import chatterbox_fast._C  # noqa: F401
+
+    for _name in _by_cpu_op:
+        _operators.run_by_cpu_op(_name.encode())
+
+if __name__ == "__main__":
+    del sys.argv[0]
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+        runpy.run_path(sys.argv[0], run_name="__main__")
