@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 ARGS ?=
 RESULTS_DIR ?= bench/results
 
-.PHONY: demo bench test lint format pytest test-full-size test-emulated-gpu test-head test-stock-pins \
+.PHONY: demo bench test lint format pytest test-full-size test-head \
+        test-emulated-gpu test-emulated-kernels test-emulated-engines test-stock-pins \
         gpu-check gpu-build gpu-test gpu-sanitize gpu-bench gpu-bench-kernels gpu-bench-t3 \
         gpu-bench-s3gen gpu-bench-speech gpu-demo tables clean
 
@@ -34,15 +35,16 @@ pytest: $(VENV)/.ready
 test-full-size: $(VENV)/.ready
 	$(BIN)/pytest -m full_size -s $(ARGS)
 
-# What needs a GPU, but for Triton's compiler, on an emulated one: a quarter of an hour. Kernels by
-# themselves run thread by thread; in the engines the large ones run as their CPU ops.
-EMULATED_GPU := $(BIN)/python tests/emulated_gpu/build.py
-test-emulated-gpu: $(VENV)/.ready
-	$(EMULATED_GPU) -m pytest -m "gpu and kernel" -k "not triton" --ignore tests/test_engine.py \
+# Most of what needs a GPU, on an emulated one: CONTRIBUTING.md says what is left out.
+EMULATED_GPU := $(BIN)/python tests/emulated_gpu/build.py -m pytest
+test-emulated-gpu: test-emulated-kernels test-emulated-engines
+test-emulated-kernels: $(VENV)/.ready
+	$(EMULATED_GPU) -m "gpu and kernel" -k "not triton" --ignore tests/test_engine.py \
 	  --deselect tests/test_padded_attention.py::TestOnAGpu::test_results $(ARGS)
+test-emulated-engines: $(VENV)/.ready
 	EMULATED_GPU_BY_CPU_OP="skinny_linear padded_attention snake resample istft decode_attention" \
-	  $(EMULATED_GPU) -m pytest -m gpu tests/test_emulated_gpu.py tests/test_engine.py \
-	  tests/test_graph.py tests/test_s3gen_*.py tests/parity $(ARGS)
+	  $(EMULATED_GPU) -m gpu tests/test_emulated_gpu.py tests/test_engine.py tests/test_graph.py \
+	  tests/test_s3gen_*.py tests/parity $(ARGS)
 
 # Thousands of modules are compiled when they are imported, which most never are.
 INSTALL := pip install -q --no-compile
@@ -122,9 +124,10 @@ gpu-bench-s3gen:
 	cd build && $(ON_GPU) ../bench/s3gen.py --rounds 10 \
 	  --json $(abspath $(RESULTS_DIR))/s3gen-cuda.json $(ARGS)
 
+# Without torch.compile, whose minutes a device that is lent has better uses for: gpu-bench-s3gen has it.
 gpu-bench-speech:
 	mkdir -p $(RESULTS_DIR)
-	cd build && $(ON_GPU) ../bench/end_to_end.py --rounds 3 \
+	cd build && $(ON_GPU) ../bench/end_to_end.py --rounds 3 --variants stock exact bf16 int8 \
 	  --json $(abspath $(RESULTS_DIR))/end_to_end-cuda.json $(ARGS)
 
 gpu-demo:

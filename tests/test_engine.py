@@ -548,7 +548,7 @@ def test_after_an_allocation_that_failed_the_next_request_is_served(t3_cond: Any
     expected = request(20)
     torch.cuda.empty_cache()
     _, total = torch.cuda.mem_get_info()
-    room = torch.cuda.memory_reserved() + 2**20
+    room = torch.cuda.memory_reserved() + 24 * 2**20  # a capture takes less, the cache more
     torch.cuda.set_per_process_memory_fraction(room / total)
     try:
         with pytest.raises(torch.OutOfMemoryError, match="out of memory"):

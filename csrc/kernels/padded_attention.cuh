@@ -170,7 +170,7 @@ RT_DEVICE Pack<float, 4> plain_weights(const float (&scores)[4], int valid, floa
 
 // Adds a tile of values to the sums: elements 4 lane .. and 32 + 4 lane .. of each. `weights`: of
 // the thread's first query, by lane, then by the lane's keys. By tiles: one sum over thousands of
-// keys would round thrice as much.
+// keys would round four times as much.
 RT_DEVICE void plain_values(const float* weights, const float* values,
                             const float (&shrink)[kPlainEach], float (&sums)[kPlainEach][8]) {
   float tile[kPlainEach][8] = {};

@@ -13,28 +13,34 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import os
+import platform
+import shutil
 import subprocess
 import sys
-import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 KERNELS, HOST_CUDA = ROOT / "csrc" / "kernels", HERE.parent / "host_cuda"
-SITE = Path(sysconfig.get_path("purelib"))
-TOOLKIT, TORCH = SITE / "nvidia" / "cu13", SITE / "torch"
+_torch = importlib.util.find_spec("torch")
+TORCH = Path(_torch.origin).parent if _torch and _torch.origin else Path("torch")
+TOOLKIT = TORCH.parent / "nvidia" / "cu13"
 
 COMPILE = ("-std=c++17", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
 AS_KERNELS = (*COMPILE, "-ffp-contract=off", f"-I{ROOT / 'csrc'}", f"-I{HOST_CUDA}")
 CUDA = (f"-I{TOOLKIT / 'include'}", f"-I{TOOLKIT / 'include' / 'cccl'}")
 RUNTIME = ("device", "memory", "streams", "kernels", "properties", "unused")
-EXPORTED = "libcudart.so.13 { global: cuda*; __cuda*; gpu_enqueue; local: *; };\n"
+EXPORTED = "libcudart.so.13 { global: cuda*; __cuda*; gpu_*; local: *; };\n"
 
 
 def why_not() -> str | None:
     """The reason why it cannot be built here, or None."""
+    if platform.machine() != "x86_64" or shutil.which("g++") is None:
+        return "it takes g++ on x86-64"
     if not (TOOLKIT / "include" / "curand_kernel.h").exists():
         return f"CUDA 13's headers are not in {TOOLKIT}"
     if not (TORCH / "lib" / "libtorch_cuda.so").exists():
@@ -53,10 +59,14 @@ def build() -> Path:
     for source in sorted(sources):
         digest.update(source.read_bytes())
     folder = ROOT / "build" / f"emulated_gpu-{digest.hexdigest()[:12]}"
-    if not (folder / "ready").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _build(folder)
-        (folder / "ready").touch()
+    if not folder.exists():
+        folder.parent.mkdir(exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder.parent))
+        _build(made)
+        try:
+            made.rename(folder)
+        except OSError:  # somebody else was faster
+            shutil.rmtree(made)
     return folder
 
 
@@ -65,7 +75,7 @@ def environment(folder: Path) -> dict[str, str]:
     library_path = os.environ.get("LD_LIBRARY_PATH", "")
     return {
         **os.environ,
-        "LD_PRELOAD": str(folder / "libcudart.so.13"),
+        "LD_PRELOAD": "libcudart.so.13",
         "LD_LIBRARY_PATH": f"{folder}:{library_path}".rstrip(":"),
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # that its operators are replaced is meant
         "EMULATED_GPU": str(folder),
@@ -87,6 +97,7 @@ def _build(folder: Path) -> None:
     (folder / "kernel_table.cpp").write_text(_table(objects[: len(kernels)]))
     _run(
         "g++", *COMPILE, "-Wall", "-Wextra", "-shared", *CUDA, f"-I{HOST_CUDA}", f"-I{HERE}",
+        f"-I{ROOT / 'csrc'}",
         *(HERE / f"{name}.cpp" for name in RUNTIME), folder / "kernel_table.cpp", *objects,
         "-Wl,-soname,libcudart.so.13", f"-Wl,--version-script={folder / 'exported'}",
         "-o", folder / "libcudart.so.13",
@@ -114,12 +125,19 @@ def _table(objects: list[Path]) -> str:
     return "\n".join(
         [
             '#include "kernel_table.h"',
+            *(f'#include "kernels/{path.name}"' for path in sorted(KERNELS.glob("*.h"))),
             *(f'extern "C" void kernel_{i}() asm("{s}");' for i, s in enumerate(symbols)),
             'extern "C" const Kernel kernel_table[] = {',
-            *(f'  {{"{_readable(s)}", kernel_{i}}},' for i, s in enumerate(symbols)),
-            "  {nullptr, nullptr}};",
+            *(f"  {_entry(_readable(s), i)}," for i, s in enumerate(symbols)),
+            "  {nullptr, nullptr, 0}};",
         ]
     )
+
+
+def _entry(name: str, number: int) -> str:
+    """Of a kernel that is called `name`: "void space::kernel<...>(Arguments<...>)"."""
+    argument = name[name.rindex("(") + 1 : -1]
+    return f'{{"{name}", kernel_{number}, sizeof({argument})}}'
 
 
 def _readable(symbol: str) -> str:

@@ -8,8 +8,8 @@
 namespace gpu {
 
 std::recursive_mutex device;
-Stream legacy;
-std::set<Stream*> streams{&legacy};
+Stream& legacy = *new Stream;  // never destroyed: work may be left when the process ends
+std::vector<Stream*> streams{&legacy};
 std::set<Graph*> captures;
 cudaError_t sticky = cudaSuccess;
 thread_local cudaError_t last_error = cudaSuccess;
@@ -20,6 +20,7 @@ namespace {
 
 const bool traced = std::getenv("EMULATED_GPU_TRACE") != nullptr;
 const bool eager = std::getenv("EMULATED_GPU_EAGER") != nullptr;
+long long launched = 0;
 
 }  // namespace
 
@@ -72,10 +73,13 @@ void drain_all() {
 }
 
 cudaError_t push(Stream* stream, std::string name, Work work) {
-  if (stream->capturing) {
-    if (stream->capturing->invalid) return fail(cudaErrorStreamCaptureInvalidated, name.c_str());
+  if (sticky != cudaSuccess) return fail(sticky, name.c_str());
+  ++launched;
+  if (Graph* const graph = stream->capturing.get()) {
+    if (graph->invalid) return fail(cudaErrorStreamCaptureInvalidated, name.c_str());
     if (traced) std::fprintf(stderr, "gpu: capture %s\n", name.c_str());
-    stream->capturing->nodes.emplace_back(std::move(name), std::move(work));
+    graph->nodes.push_back({std::move(name), std::move(work)});
+    graph->last[stream] = graph->nodes.size();
     return cudaSuccess;
   }
   if (traced) std::fprintf(stderr, "gpu: enqueue %s\n", name.c_str());
@@ -85,12 +89,14 @@ cudaError_t push(Stream* stream, std::string name, Work work) {
   return cudaSuccess;
 }
 
+cudaError_t invalidate(Graph& graph, cudaError_t error, const char* where) {
+  graph.invalid = true;
+  return fail(error, where);
+}
+
 cudaError_t refuse_capture(Stream* stream, const char* where) {
-  if (stream->capturing) {
-    stream->capturing->invalid = true;
-    return fail(cudaErrorStreamCaptureUnsupported, where);
-  }
-  return cudaSuccess;
+  if (!stream->capturing) return cudaSuccess;
+  return invalidate(*stream->capturing, cudaErrorStreamCaptureUnsupported, where);
 }
 
 cudaError_t refuse_unsafe(const char* where) {
@@ -100,8 +106,7 @@ cudaError_t refuse_unsafe(const char* where) {
     const bool global =
         graph->mode == cudaStreamCaptureModeGlobal && thread_mode == cudaStreamCaptureModeGlobal;
     if (graph->mode != cudaStreamCaptureModeRelaxed && (own || global)) {
-      graph->invalid = true;
-      return fail(cudaErrorStreamCaptureUnsupported, where);
+      return invalidate(*graph, cudaErrorStreamCaptureUnsupported, where);
     }
   }
   return cudaSuccess;
@@ -112,4 +117,9 @@ cudaError_t refuse_unsafe(const char* where) {
 int gpu_enqueue(void* stream, const char* name, const std::function<void()>& work) {
   const gpu::Lock lock(gpu::device);
   return gpu::push(gpu::stream_of(static_cast<cudaStream_t>(stream)), name, work);
+}
+
+long long gpu_launched() {
+  const gpu::Lock lock(gpu::device);
+  return gpu::launched;
 }

@@ -80,8 +80,8 @@ static const Kernel* find_kernel(const char* mangled) {
   return nullptr;
 }
 
-// Every kernel of ours takes one struct by value. Its size is not known here: a longer one is
-// passed, as x86-64 passes it, on the stack, where the kernel reads as much as it knows of.
+// Every kernel of ours takes one struct by value, on the stack as x86-64 passes what is larger than
+// two registers: whatever follows it there the kernel does not read.
 struct Arguments {
   char bytes[1024];
 };
@@ -101,8 +101,9 @@ static cudaError_t launch(const void* function, dim3 grid, dim3 block, void** ar
   const bool fits = grid.x != 0 && grid.y == 1 && grid.z == 1 && block.x != 0 && block.x <= 1024 &&
                     block.y == 1 && block.z == 1 && shared <= limit;
   if (!fits) return fail(cudaErrorInvalidConfiguration, kernel->name);
-  Arguments copy;
-  std::memcpy(&copy, arguments[0], sizeof copy);
+  Arguments copy = {};
+  if (kernel->bytes > sizeof copy) return fail(cudaErrorInvalidValue, kernel->name);
+  std::memcpy(&copy, arguments[0], kernel->bytes);
   return push(stream_of(stream), kernel->name, [=] {
     const auto run = reinterpret_cast<void (*)(Arguments)>(kernel->function);
     if (rt::host::run_grid(grid.x, block.x, shared, [&] { run(copy); }) != 0) {

@@ -1,5 +1,4 @@
 // Memory and copies.
-#include "memory.h"
 
 #include <sys/mman.h>
 
@@ -100,10 +99,16 @@ cudaError_t cudaFree(void* address) {
 }
 
 cudaError_t cudaHostAlloc(void** to, std::size_t bytes, unsigned) {
+  Lock lock(device);
+  if (const cudaError_t error = refuse_unsafe("cudaHostAlloc")) return error;
   return allocate(to, bytes, true);
 }
 
-cudaError_t cudaFreeHost(void* address) { return release(address); }
+cudaError_t cudaFreeHost(void* address) {
+  Lock lock(device);
+  if (const cudaError_t error = refuse_unsafe("cudaFreeHost")) return error;
+  return release(address);
+}
 
 cudaError_t cudaMemGetInfo(std::size_t* unused, std::size_t* total) {
   Lock lock(device);
@@ -141,20 +146,9 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
   return error;
 }
 
-cudaError_t cudaMemcpy2DAsync(void* to, std::size_t to_pitch, const void* from,
-                              std::size_t from_pitch, std::size_t width, std::size_t height,
-                              cudaMemcpyKind, cudaStream_t handle) {
-  Lock lock(device);
-  return push(stream_of(handle), "memcpy2d", [=] {
-    for (std::size_t row = 0; row < height; ++row) {
-      std::memmove(static_cast<char*>(to) + row * to_pitch,
-                   static_cast<const char*>(from) + row * from_pitch, width);
-    }
-  });
-}
-
 cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
   Lock lock(device);
+  if (const cudaError_t unsafe = refuse_unsafe("cudaMemcpy")) return unsafe;
   const cudaError_t error = cudaMemcpyAsync(to, from, bytes, kind, nullptr);
   if (error == cudaSuccess) drain(&legacy);
   return error;
@@ -166,6 +160,8 @@ cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t
 }
 
 cudaError_t cudaMemset(void* to, int value, std::size_t bytes) {
+  Lock lock(device);
+  if (const cudaError_t unsafe = refuse_unsafe("cudaMemset")) return unsafe;
   return cudaMemsetAsync(to, value, bytes, nullptr);
 }
 

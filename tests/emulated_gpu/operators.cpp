@@ -6,14 +6,13 @@
 #include "operators.h"
 
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/copy_native.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <set>
-
-#include "enqueue.h"
 
 using namespace gpu;
 
@@ -131,7 +130,9 @@ bool looks(const OperatorHandle& op, const std::vector<IValue>& arguments) {
                        op.schema().name() == "aten::_index_put_impl_";
   if (!indexes) return false;
   for (const std::optional<at::Tensor>& index : arguments[1].toOptionalTensorList()) {
-    if (index && index->defined() && index->scalar_type() == at::kBool) return true;
+    if (!index || !index->defined()) continue;
+    const bool mask = index->scalar_type() == at::kBool || index->scalar_type() == at::kByte;
+    if (mask || !index->is_cuda()) return true;
   }
   return false;
 }
@@ -202,19 +203,42 @@ std::function<void()> work_of(const OperatorHandle& op, const std::vector<IValue
   };
 }
 
+// As torch's own kernels do: all on the device, but for numbers and indices; nothing that is
+// written overlaps another argument in part.
+void check_arguments(const OperatorHandle& op, const std::vector<IValue>& arguments) {
+  const c10::FunctionSchema& schema = op.schema();
+  std::vector<at::Tensor> all;
+  const auto collect = [&all](const at::Tensor& tensor) {
+    if (tensor.defined()) all.push_back(tensor);
+    return tensor;
+  };
+  for (const IValue& each : arguments) {
+    if (!each.isOptionalTensorList()) moved(each, collect, at::kCPU);
+  }
+  for (const at::Tensor& each : all) {
+    TORCH_CHECK(each.is_cuda() || each.dim() == 0, schema.name(),
+                ": Expected all tensors to be on the same device, but one is on ", each.device());
+  }
+  for (std::size_t i = 0; i < arguments.size(); ++i) {
+    const c10::AliasInfo* const alias = schema.arguments()[i].alias_info();
+    if (alias == nullptr || !alias->isWrite() || !arguments[i].isTensor()) continue;
+    for (const at::Tensor& each : all) at::assert_no_partial_overlap(arguments[i].toTensor(), each);
+  }
+}
+
 // The kernel of `op` for CUDA, whose arguments are on the stack.
 void emulate(const OperatorHandle& op, Stack* stack) {
   const std::size_t count = op.schema().arguments().size();
   const std::vector<IValue> arguments(stack->end() - count, stack->end());
   torch::jit::drop(*stack, count);
+  check_arguments(op, arguments);
   const bool now = looks(op, arguments);
   if (now) wait();
   std::vector<IValue> inferred;
   const Stack shapes = shapes_of(op, arguments, now, inferred);
   std::vector<IValue> results = results_of(op.schema(), shapes, arguments, inferred);
   const std::string name = toString(op.operator_name());
-  gpu_enqueue(c10::cuda::getCurrentCUDAStream().stream(), name.c_str(),
-              work_of(op, arguments, results));
+  enqueue(name.c_str(), work_of(op, arguments, results));
   if (now) wait();
   for (IValue& result : results) stack->push_back(std::move(result));
 }

@@ -4,11 +4,21 @@
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
 
 #include <optional>
 #include <vector>
 
+#include "enqueue.h"
+
 namespace gpu {
+
+// Appends to torch's current stream.
+inline void enqueue(const char* name, const std::function<void()>& work) {
+  void* const stream = c10::cuda::getCurrentCUDAStream().stream();
+  C10_CUDA_CHECK(static_cast<cudaError_t>(gpu_enqueue(stream, name, work)));
+}
 
 // A CUDA tensor by its address; one of the CPU by its value at the time of the call.
 struct Later {

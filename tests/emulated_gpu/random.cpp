@@ -12,7 +12,6 @@
 #include <cuda_runtime.h>
 #include <curand_kernel.h>
 
-#include "enqueue.h"
 #include "operators.h"
 
 namespace gpu {
@@ -25,6 +24,7 @@ template <class Transform>
 at::Tensor& draw(at::Tensor& self, std::optional<at::Generator> generator, const char* name,
                  Transform transform) {
   if (self.numel() == 0) return self;
+  TORCH_CHECK(self.scalar_type() != at::kDouble, "the emulated GPU draws no doubles");
   auto* const source = at::get_generator_or_default<at::CUDAGeneratorImpl>(
       generator, at::cuda::detail::getDefaultCUDAGenerator());
   const auto count = static_cast<uint64_t>(self.numel());
@@ -62,7 +62,7 @@ at::Tensor& draw(at::Tensor& self, std::optional<at::Generator> generator, const
     }
     to.copy_(drawn.view(to.sizes()));
   };
-  gpu_enqueue(c10::cuda::getCurrentCUDAStream().stream(), name, work);
+  enqueue(name, work);
   return self;
 }
 
@@ -88,7 +88,10 @@ at::Tensor& uniform_(at::Tensor& self, double from, double until,
   return draw(self, std::move(generator), "uniform_", [=](Philox& philox, float(&to)[4]) {
     const float4 four = curand_uniform4(&philox);
     const float u[] = {four.x, four.y, four.z, four.w};
-    for (int i = 0; i < 4; ++i) to[i] = (u[i] == 1.0f ? 0.0f : u[i]) * range + low;
+    for (int i = 0; i < 4; ++i) {
+      const float value = u[i] * range + low;
+      to[i] = value == static_cast<float>(until) ? low : value;
+    }
   });
 }
 

@@ -20,9 +20,11 @@ if _by_cpu_op := os.environ.get("EMULATED_GPU_BY_CPU_OP", "").split():
         _operators.run_by_cpu_op(_name.encode())
 
 if __name__ == "__main__":
+    del os.environ["LD_PRELOAD"]  # a process that this one starts has no GPU
     del sys.argv[0]
     if sys.argv[0] == "-m":
         del sys.argv[0]
+        sys.path[0] = os.getcwd()
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
         sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))

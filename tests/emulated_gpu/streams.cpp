@@ -1,4 +1,6 @@
 // Streams, events and graphs.
+#include <algorithm>
+
 #include "device.h"
 
 using namespace gpu;
@@ -6,6 +8,33 @@ using namespace gpu;
 namespace {
 
 unsigned long long captures_begun = 0;
+
+// A stream that waits for one that captures captures too.
+cudaError_t wait_in_capture(Stream* stream, const Event& event) {
+  constexpr const char* kWhere = "cudaStreamWaitEvent";
+  Graph& graph = *event.captured;
+  if (captures.count(&graph) == 0) return fail(cudaErrorCapturedEvent, kWhere);
+  if (stream == &legacy) return invalidate(graph, cudaErrorStreamCaptureImplicit, kWhere);
+  if (stream->capturing && stream->capturing != event.captured) {
+    return invalidate(graph, cudaErrorStreamCaptureMerge, kWhere);
+  }
+  stream->capturing = event.captured;
+  graph.last.emplace(stream, 0);
+  if (stream == graph.origin) {
+    std::size_t& joined = graph.joined[event.stream];
+    joined = std::max<std::size_t>(joined, event.position);
+  }
+  return cudaSuccess;
+}
+
+// Whether the origin waited for all that other streams did.
+bool all_joined(const Graph& graph) {
+  return std::all_of(graph.last.begin(), graph.last.end(), [&](const auto& each) {
+    const auto joined = graph.joined.find(each.first);
+    return each.first == graph.origin ||
+           (joined != graph.joined.end() && joined->second >= each.second);
+  });
+}
 
 }  // namespace
 
@@ -27,7 +56,7 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* to, unsigned, int priorit
   Lock lock(device);
   auto* const stream = new Stream;
   stream->priority = priority;
-  streams.insert(stream);
+  streams.push_back(stream);
   *to = reinterpret_cast<cudaStream_t>(stream);
   return cudaSuccess;
 }
@@ -38,7 +67,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
   Lock lock(device);
   Stream* const stream = stream_of(handle);
   drain(stream);
-  streams.erase(stream);  // kept: events may name it
+  streams.erase(std::find(streams.begin(), streams.end(), stream));  // itself kept: for events
   return cudaSuccess;
 }
 
@@ -68,19 +97,11 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, u
   Lock lock(device);
   Stream* const stream = stream_of(handle);
   auto* const event = reinterpret_cast<Event*>(event_handle);
-  if (event->captured) {
-    if (captures.count(event->captured.get()) == 0) {
-      return fail(cudaErrorCapturedEvent, "cudaStreamWaitEvent");
-    }
-    if (stream->capturing && stream->capturing != event->captured) {
-      return fail(cudaErrorStreamCaptureMerge, "cudaStreamWaitEvent");
-    }
-    stream->capturing = event->captured;  // joins
-    event->captured->streams.insert(stream);
-    return cudaSuccess;
-  }
+  if (event->captured) return wait_in_capture(stream, *event);
   if (event->stream == nullptr) return cudaSuccess;
-  if (stream->capturing) return fail(cudaErrorStreamCaptureIsolation, "cudaStreamWaitEvent");
+  if (stream->capturing) {
+    return invalidate(*stream->capturing, cudaErrorStreamCaptureIsolation, "cudaStreamWaitEvent");
+  }
   Stream* const other = event->stream;
   const unsigned long long position = event->position;
   if (other == stream || other->done >= position) return cudaSuccess;
@@ -111,7 +132,9 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream_handle) {
   Lock lock(device);
   auto* const event = reinterpret_cast<Event*>(handle);
   Stream* const stream = stream_of(stream_handle);
-  *event = Event{stream, stream->enqueued, stream->capturing, 0};
+  const Graph* const graph = stream->capturing.get();
+  *event = Event{stream, graph == nullptr ? stream->enqueued : graph->nodes.size(),
+                 stream->capturing, 0};
   return cudaSuccess;
 }
 
@@ -122,7 +145,9 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t stream, un
 cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   Lock lock(device);
   const auto* const event = reinterpret_cast<Event*>(handle);
-  if (event->captured) return fail(cudaErrorCapturedEvent, "cudaEventSynchronize");
+  if (event->captured) {
+    return invalidate(*event->captured, cudaErrorCapturedEvent, "cudaEventSynchronize");
+  }
   if (event->stream != nullptr) drain(event->stream, event->position);
   return sticky;
 }
@@ -132,7 +157,9 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {
   Lock lock(device);
   if (const cudaError_t error = refuse_unsafe("cudaEventQuery")) return error;
   auto* const event = reinterpret_cast<Event*>(handle);
-  if (event->captured) return fail(cudaErrorCapturedEvent, "cudaEventQuery");
+  if (event->captured) {
+    return invalidate(*event->captured, cudaErrorCapturedEvent, "cudaEventQuery");
+  }
   if (event->stream == nullptr || event->stream->done >= event->position) return cudaSuccess;
   if (event->asked++ == 0) return fail(cudaErrorNotReady, "cudaEventQuery");
   drain(event->stream, event->position);
@@ -154,7 +181,8 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mo
   stream->capturing = std::make_shared<Graph>();
   stream->capturing->mode = mode;
   stream->capturing->id = ++captures_begun;
-  stream->capturing->streams.insert(stream);
+  stream->capturing->origin = stream;
+  stream->capturing->last.emplace(stream, 0);
   captures.insert(stream->capturing.get());
   thread_captures.insert(stream->capturing.get());
   return cudaSuccess;
@@ -166,10 +194,17 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* to) {
   *to = nullptr;
   if (!stream->capturing) return fail(cudaErrorIllegalState, "cudaStreamEndCapture");
   const std::shared_ptr<Graph> graph = stream->capturing;
-  for (Stream* joined : graph->streams) joined->capturing = nullptr;
+  if (stream != graph->origin) {
+    return invalidate(*graph, cudaErrorStreamCaptureUnmatched, "cudaStreamEndCapture");
+  }
+  const bool own = thread_captures.erase(graph.get()) != 0;
+  if (!own && graph->mode != cudaStreamCaptureModeRelaxed) {
+    return invalidate(*graph, cudaErrorStreamCaptureWrongThread, "cudaStreamEndCapture");
+  }
+  for (const auto& [each, last] : graph->last) each->capturing = nullptr;
   captures.erase(graph.get());
-  thread_captures.erase(graph.get());
   if (graph->invalid) return fail(cudaErrorStreamCaptureInvalidated, "cudaStreamEndCapture");
+  if (!all_joined(*graph)) return fail(cudaErrorStreamCaptureUnjoined, "cudaStreamEndCapture");
   *to = reinterpret_cast<cudaGraph_t>(new std::shared_ptr<Graph>(graph));
   return cudaSuccess;
 }
@@ -220,9 +255,11 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* to, cudaGraph_t graph
 cudaError_t cudaGraphLaunch(cudaGraphExec_t handle, cudaStream_t stream) {
   Lock lock(device);
   const std::shared_ptr<Graph> graph = *reinterpret_cast<std::shared_ptr<Graph>*>(handle);
-  return push(stream_of(stream), "graph", [=] {
-    for (const auto& [name, work] : graph->nodes) run(name, work);
-  });
+  for (const Item& node : graph->nodes) {
+    const auto work = [graph, &node] { node.work(); };
+    if (const cudaError_t error = push(stream_of(stream), node.name, work)) return error;
+  }
+  return cudaSuccess;
 }
 
 cudaError_t cudaGraphDestroy(cudaGraph_t handle) {
