@@ -42,9 +42,8 @@ test-emulated-kernels: $(VENV)/.ready
 	$(EMULATED_GPU) -m "gpu and kernel" -k "not triton" --ignore tests/test_engine.py \
 	  --deselect tests/test_padded_attention.py::TestOnAGpu::test_results $(ARGS)
 test-emulated-engines: $(VENV)/.ready
-	EMULATED_GPU_BY_CPU_OP="skinny_linear padded_attention snake resample istft decode_attention" \
-	  $(EMULATED_GPU) -m gpu tests/test_emulated_gpu.py tests/test_engine.py tests/test_graph.py \
-	  tests/test_s3gen_*.py tests/parity $(ARGS)
+	EMULATED_GPU_BY_CPU_OP=large $(EMULATED_GPU) -m gpu tests/test_emulated_gpu.py \
+	  tests/test_engine.py tests/test_graph.py tests/test_s3gen_*.py tests/parity $(ARGS)
 
 # Thousands of modules are compiled when they are imported, which most never are.
 INSTALL := pip install -q --no-compile
