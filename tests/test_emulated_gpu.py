@@ -223,7 +223,7 @@ class TestItIsAsStrict:
             torch.empty(2**50, device="cuda")
 
     def test_numbers_are_torchs_own(self) -> None:
-        """Recorded on GPUs of several kinds: a few numbers depend on no size of the device."""
+        """As others have published them from GPUs: a few depend on no size of the device."""
         torch.manual_seed(0)
         uniform = torch.rand(5, device="cuda").tolist()
         assert uniform == pytest.approx([0.3990, 0.5167, 0.0249, 0.9401, 0.9459], abs=5e-5)

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -62,11 +63,12 @@ def build() -> Path:
     if not folder.exists():
         folder.parent.mkdir(exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=folder.parent))
-        _build(made)
         try:
-            made.rename(folder)
-        except OSError:  # somebody else was faster
-            shutil.rmtree(made)
+            _build(made)
+            with suppress(OSError):  # somebody else was faster
+                made.rename(folder)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
     return folder
 
 

@@ -23,19 +23,20 @@ namespace {
 struct Block {
   std::size_t bytes;
   bool host;
+  void* pages;  // which it ends in
+  std::size_t mapped;
 };
 
 constexpr std::size_t kPage = 4096;
 std::map<std::uintptr_t, Block> blocks;
 std::size_t used = 0;
 
-Block* block_at(const void* address, std::uintptr_t* start = nullptr) {
+const Block* block_at(const void* address) {
   const auto at = reinterpret_cast<std::uintptr_t>(address);
   auto after = blocks.upper_bound(at);
   if (after == blocks.begin()) return nullptr;
   --after;
   if (at >= after->first + std::max<std::size_t>(after->second.bytes, 1)) return nullptr;
-  if (start != nullptr) *start = after->first;
   return &after->second;
 }
 
@@ -44,14 +45,16 @@ cudaError_t allocate(void** to, std::size_t bytes, bool host) {
   Lock lock(device);
   if (!host && used + bytes > total_bytes()) return fail(cudaErrorMemoryAllocation, "malloc");
   const std::size_t rounded = (bytes + 511) / 512 * 512;
-  const std::size_t pages = (rounded + kPage - 1) / kPage * kPage;
-  void* const memory = mmap(nullptr, pages + kPage, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) return fail(cudaErrorMemoryAllocation, "malloc");
-  mprotect(static_cast<char*>(memory) + pages, kPage, PROT_NONE);
-  char* const start = static_cast<char*>(memory) + (pages - rounded);
+  const std::size_t used_pages = (rounded + kPage - 1) / kPage * kPage;
+  const std::size_t mapped = used_pages + kPage;
+  void* const pages = mmap(nullptr, mapped, PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (pages == MAP_FAILED) return fail(cudaErrorMemoryAllocation, "malloc");
+  char* const end = static_cast<char*>(pages) + used_pages;
+  mprotect(end, kPage, PROT_NONE);
+  char* const start = end - rounded;
   std::memset(start, 0xFF, rounded);
-  blocks[reinterpret_cast<std::uintptr_t>(start)] = {bytes, host};
+  blocks[reinterpret_cast<std::uintptr_t>(start)] = {bytes, host, pages, mapped};
   if (!host) used += bytes;
   *to = start;
   return cudaSuccess;
@@ -64,9 +67,7 @@ cudaError_t release(void* address) {
   if (found == blocks.end()) return fail(cudaErrorInvalidValue, "free");
   drain_all();  // as cudaFree does
   if (!found->second.host) used -= found->second.bytes;
-  const std::size_t rounded = (found->second.bytes + 511) / 512 * 512;
-  const std::size_t pages = (rounded + kPage - 1) / kPage * kPage;
-  munmap(static_cast<char*>(address) - (pages - rounded), pages + kPage);
+  munmap(found->second.pages, found->second.mapped);
   blocks.erase(found);
   return cudaSuccess;
 }
