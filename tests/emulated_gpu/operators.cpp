@@ -106,8 +106,9 @@ IValue allocate_like(const IValue& meta) {
 
 void copy_into(const IValue& to, const IValue& from) {
   if (from.isTensor()) {
-    const at::Tensor& found = from.toTensor();  // empty: a result for training alone
-    if (found.defined() && found.numel() != 0) to.toTensor().copy_(found);
+    const at::Tensor &found = from.toTensor(), &target = to.toTensor();
+    // Empty is a result for training alone; without a target nobody reads it.
+    if (found.defined() && found.numel() != 0 && target.defined()) target.copy_(found);
   } else if (from.isTensorList()) {
     const auto targets = to.toTensorVector(), sources = from.toTensorVector();
     for (std::size_t i = 0; i < sources.size(); ++i) targets[i].copy_(sources[i]);
@@ -253,11 +254,49 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
   return self;
 }
 
-// Attention that is one kernel on a GPU: here the plain way. Nobody reads the other results.
+// `out`, which will be the first result of `op`.
+at::Tensor enqueue_into(const at::Tensor& out, const char* op, const Stack& arguments) {
+  const OperatorHandle handle = c10::Dispatcher::singleton().findSchemaOrThrow(op, "");
+  check_arguments(handle, arguments);
+  std::vector<IValue> results(handle.schema().returns().size(), at::Tensor());
+  results[0] = out;
+  enqueue(op, work_of(handle, arguments, results));
+  return out;
+}
+
+// As cuDNN is called: channels last where an argument is, and the bias in a pass of its own.
+at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                       at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
+                       at::IntArrayRef output_padding, int64_t groups) {
+  const bool last = x.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
+                    weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  at::Tensor shape;
+  {
+    const Alone alone;
+    shape = at::convolution(to_meta(x), to_meta(weight), {}, stride, padding, dilation, transposed,
+                            output_padding, groups);
+  }
+  const at::Tensor out =
+      at::empty(shape.sizes(), x.options(),
+                last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+  enqueue_into(
+      out, "aten::convolution",
+      {x, weight, IValue(), stride, padding, dilation, transposed, output_padding, groups});
+  if (!bias || !bias->defined()) return out;
+  std::vector<int64_t> of_channels(out.dim(), 1);
+  of_channels[1] = -1;
+  return out.add_(bias->reshape(of_channels));
+}
+
+// Attention that is one kernel on a GPU, whose output is (B, T, H, D) in memory.
 at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                      const std::optional<at::Tensor>& bias, bool causal,
                      std::optional<double> scale) {
-  return std::get<0>(at::_scaled_dot_product_attention_math(q, k, v, bias, 0.0, causal, {}, scale));
+  const at::Tensor out =
+      at::empty({q.size(0), q.size(2), q.size(1), v.size(3)}, q.options()).transpose(1, 2);
+  return enqueue_into(out, "aten::_scaled_dot_product_attention_math",
+                      {q, k, v, bias, 0.0, causal, IValue(), scale, false});
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> efficient_attention(
@@ -348,7 +387,7 @@ extern "C" void emulate_operators(const char** names, int count) {
     library.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&emulate>());
   }
   // These choose a library's kernel.
-  library.impl("convolution", torch::CppFunction::makeFromBoxedFunction<&emulate>());
+  library.impl("convolution", &convolution);
   library.impl("lstm.input", torch::CppFunction::makeFromBoxedFunction<&emulate>());
   library.impl("_cudnn_rnn_flatten_weight", &flatten_weights);
   library.impl("cudnn_batch_norm", &batch_norm);
