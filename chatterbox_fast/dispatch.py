@@ -14,7 +14,7 @@ from .options import Backend
 
 OPS = (
     "cfg_sample", "skinny_linear", "decode_attention", "resample", "istft", "padded_attention",
-    "snake",
+    "snake", "add_norm",
 )  # fmt: skip
 """Every op; each has at least its reference."""
 

@@ -97,3 +97,21 @@ if dispatch.extension_has("snake"):
     @torch.library.register_fake("chatterbox_fast::snake")
     def _snake_fake(x: Tensor, alpha: Tensor, inverse: Tensor) -> Tensor:
         return torch.empty_like(x)
+
+
+if dispatch.extension_has("add_norm"):
+
+    @torch.library.register_fake("chatterbox_fast::add_norm")
+    def _add_norm_fake(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None = None,
+        offset: Tensor | None = None,
+        shift: Tensor | None = None,
+        *,
+        eps: float,
+        mish: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        return x.new_empty(x.shape, dtype=dtype or x.dtype)

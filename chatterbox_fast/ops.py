@@ -18,6 +18,8 @@ MAX_SKINNY_ROWS = 8
 """The most rows of x that skinny_linear takes."""
 HEAD_DIM = 64
 """The width of a head that decode_attention's kernels take; its reference takes any."""
+MAX_NORM_CHANNELS = 1024
+"""The most channels that add_norm's kernels take; its reference takes any number."""
 
 
 def cfg_sample(
@@ -406,3 +408,48 @@ def snake_by(backend: str) -> Callable[..., Tensor]:
 
         return twin
     return reference.snake
+
+
+def add_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    offset: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    eps: float,
+    mish: bool = False,
+    dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """A residual sum and its layer norm, with Mish if asked for, in one launch.
+
+    Args:
+        x, weight, bias, residual, offset, shift, eps, mish, dtype: see `reference.add_norm`. The
+            kernels take up to `MAX_NORM_CHANNELS` channels, and a contiguous residual that shares
+            no memory with x. Where a tensor requires a gradient the reference runs, which has one.
+        backend: which implementation to prefer, see `dispatch.choose`.
+
+    Returns:
+        ``(R, T, C)`` in `dtype`, contiguous; `residual` is updated in place.
+
+    Raises:
+        RuntimeError: an argument of another shape, dtype, layout or device than documented.
+    """
+    if _differentiated(x, weight, bias, residual, offset, shift):
+        backend = "reference"
+    return add_norm_by(_chosen("add_norm", x.device, backend, weight.dtype))(
+        x, weight, bias, residual, offset, shift, eps=eps, mish=mish, dtype=dtype
+    )
+
+
+def add_norm_by(backend: str) -> Callable[..., Tensor]:
+    """add_norm by a backend that `dispatch.choose` named, for callers that choose once."""
+    if backend == "extension":
+        return torch.ops.chatterbox_fast.add_norm.default
+    if backend == "triton":
+        from .triton_kernels.add_norm import add_norm as twin
+
+        return twin
+    return reference.add_norm

@@ -479,3 +479,49 @@ def snake(x: Tensor, alpha: Tensor, inverse: Tensor) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.addcmul(wide, torch.sin(wide * alpha).square(), inverse).to(x.dtype)
+
+
+def add_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    offset: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    eps: float,
+    mish: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A residual sum and its layer norm: what stands between S3Gen's products and convolutions.
+
+    Args:
+        x: ``(R, T, C)`` float32, float16 or bfloat16, channels last. Here alone float64 too. An
+            infinity in float16 counts as its largest number: what overflowed in the product before
+            would else be NaN from here on.
+        weight, bias: ``(C,)`` float32 (float64 for float64), the norm's.
+        residual: ``(R, T, C)`` like those; x is added to it in place, and the sum normalised.
+        offset: ``(C,)`` like those, is added to x first: the bias of the convolution it is from.
+        shift: ``(C,)`` like those, is added at the end: what a residual block adds of the time.
+        eps: is added to the variance.
+        mish: whether Mish comes after the norm, ``n tanh(log(1 + exp(n)))``.
+        dtype: of the result; None is x's.
+
+    Returns:
+        ``(R, T, C)`` contiguous, computed in float32 (float64) and rounded once: the norm over
+        the channels, its Mish if asked for, and the shift.
+    """
+    total = x.to(weight.dtype)
+    if x.dtype == torch.float16:
+        largest = torch.finfo(torch.float16).max
+        total = total.clamp(-largest, largest)
+    if offset is not None:
+        total = total + offset
+    if residual is not None:
+        total = residual.add_(total)
+    y = F.layer_norm(total, weight.shape, weight, bias, eps)
+    if mish:
+        y = F.mish(y)
+    if shift is not None:
+        y = y + shift
+    return y.to(dtype or x.dtype)

@@ -48,6 +48,16 @@ def choose(op: str, device: torch.device, option: Backend, dtype: torch.dtype) -
     return Choice("reference", "; ".join(failures))
 
 
+def choose_add_norm(
+    channels: int, device: torch.device, option: Backend, dtype: torch.dtype
+) -> Choice:
+    """As `choose`, for add_norm, whose kernels take up to `ops.MAX_NORM_CHANNELS` channels."""
+    if channels > ops.MAX_NORM_CHANNELS:
+        why = f"the kernels take up to {ops.MAX_NORM_CHANNELS} channels, these are {channels}"
+        return Choice("reference", why)
+    return choose("add_norm", device, option, dtype)
+
+
 def choose_attention(
     op: str, width: int, device: torch.device, option: Backend, dtype: torch.dtype
 ) -> Choice:
@@ -164,6 +174,26 @@ def _snake(backend: str, device: torch.device) -> Iterator[Case]:
         yield f"{dtype}, {channels} channels", own, reference.snake(*call)
 
 
+def _add_norm(backend: str, device: torch.device) -> Iterator[Case]:
+    """Every pair of dtypes, with what is optional and without; channels that vectors divide, and
+    that none does; x a part of a longer sequence.
+    """
+    kernel, normal = ops.add_norm_by(backend), _random(6)
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    for channels, x_dtype, dtype in itertools.product((256, 37), dtypes, dtypes):
+        x, residual = normal(2, 11, channels).to(x_dtype)[:, :9], normal(2, 9, channels)
+        weight, bias, offset, shift = normal(4, channels)
+        for rest in ((residual, None, None), (None, offset, shift)):
+            mish = rest[0] is None
+            call = (x, weight, bias, *rest)
+            own = [None if each is None else each.to(device, copy=True) for each in call]
+            rules: dict[str, Any] = {"eps": 1e-5, "mish": mish, "dtype": dtype}
+            what = f"{x_dtype} to {dtype}, {channels} channels"
+            yield what, kernel(*own, **rules), reference.add_norm(*call, **rules)
+            if own[3] is not None:
+                yield f"the residual of {what}", own[3], residual
+
+
 def _istft(backend: str, device: torch.device) -> Iterator[Case]:
     """More frames than a block has; loud ones, which are clipped."""
     kernel, normal = ops.istft_by(backend), _random(5)
@@ -181,6 +211,7 @@ _CASES: dict[str, Callable[[str, torch.device], Iterator[Case]]] = {
     "decode_attention": _decode_attention,
     "cfg_sample": _cfg_sample,
     "padded_attention": _padded_attention,
+    "add_norm": _add_norm,
     "snake": _snake,
     "istft": _istft,
 }

@@ -19,5 +19,9 @@ TORCH_LIBRARY(chatterbox_fast, library) {
       "SymInt length) -> Tensor");
   library.def("istft(Tensor spectrum, Tensor window, float limit) -> Tensor");
   library.def("padded_attention(Tensor qkv, Tensor lengths, int heads) -> Tensor");
+  library.def(
+      "add_norm(Tensor x, Tensor weight, Tensor bias, Tensor(a!)? residual=None, "
+      "Tensor? offset=None, Tensor? shift=None, *, float eps, bool mish=False, "
+      "ScalarType? dtype=None) -> Tensor");
   library.def("snake(Tensor x, Tensor alpha, Tensor inverse) -> Tensor");
 }

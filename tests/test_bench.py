@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import bench_add_norm
 import bench_cfg_sample
 import bench_decode_attention
 import bench_padded_attention
@@ -115,6 +116,18 @@ def test_what_is_timed_is_snake(case: str) -> None:
         bench_snake.verify(job, make(job))
     with pytest.raises(AssertionError):
         bench_snake.verify(job, lambda: 1.05 * bench_snake.extension(job)())
+
+
+@pytest.mark.parametrize("case", bench_add_norm.CASES)
+def test_what_is_timed_adds_and_norms(case: str) -> None:
+    """Without what is added it would not be timed."""
+    job = bench_add_norm.Job(*bench_add_norm.CASES[case], CPU)
+    for make in (bench_add_norm.stock, bench_add_norm.extension, bench_add_norm.reference):
+        bench_add_norm.verify(job, make(job))
+    expected = job.expected()
+    wrong = expected - job.shift if job.shift is not None else job.norm(job.x.float())
+    with pytest.raises(AssertionError):
+        bench_add_norm.verify(job, lambda: wrong)
 
 
 # ---- time in a CUDA graph

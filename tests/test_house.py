@@ -28,7 +28,7 @@ PLACES = (
 def test_there_are_schemas() -> None:
     assert SCHEMAS == [
         "cfg_sample", "skinny_linear", "decode_attention", "resample", "istft", "padded_attention",
-        "snake",
+        "add_norm", "snake",
     ]  # fmt: skip
 
 
@@ -67,6 +67,7 @@ def test_no_file_is_of_an_unknown_op(folder: str) -> None:
         "vectors",
         "floating",
         "inverse_dft",
+        "warp",
         "__init__",
     }
     stems = {path.stem for path in (ROOT / folder).iterdir() if path.is_file()}

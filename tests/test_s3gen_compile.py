@@ -16,7 +16,6 @@ from chatterbox_fast.s3gen import engine as engine_module
 from chatterbox_fast.s3gen import flow as flow_module
 from chatterbox_fast.s3gen.engine import FlowEngine, VocoderEngine
 from chatterbox_fast.s3gen.flow import EAGER, Given, estimate
-from chatterbox_fast.s3gen.layers import without_onednn
 from chatterbox_fast.s3gen.vocoder import ResBlock, decode
 
 COMPILED = Options(compile=True)
@@ -68,7 +67,7 @@ def test_a_compiler_that_fails_is_not_asked_again(
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=asked))
     monkeypatch.setattr(engine_module, "decode", lambda _, _mel, source: 2 * source.squeeze(1))
     engine, arguments = Engine(s3gen, compile=True), utterance(4, 3)
-    flow, _, _, vocoder, *_ = engine.rows()
+    flow, _, _, _, vocoder, *_ = engine.rows()
     assert (flow.backend, vocoder.backend) == ("cpu, compiled", "cpu, compiled")
     expected, _ = seeded(lambda: s3gen.flow.inference(**arguments)[0])
     with engine:
@@ -78,7 +77,7 @@ def test_a_compiler_that_fails_is_not_asked_again(
             assert asked.call_count == 2, "once a function: transformers, residual blocks"
         wave, source = s3gen.mel2wav.inference(torch.randn(1, 80, 3))
         assert torch.equal(wave, 2 * source[:, 0])
-    flow, _, _, vocoder, *_ = engine.rows()
+    flow, _, _, _, vocoder, *_ = engine.rows()
     for row in (flow, vocoder):
         assert row.backend == "cpu, eager"
         assert "torch.compile failed: " in row.why
@@ -91,10 +90,14 @@ def test_padded_rows_are_compiled_too(s3gen: Any) -> None:
     block = engine.solver.middle[0].transformers[0]
     x = torch.randn(2, 12, block.qkv.weight.shape[1])
     lengths = torch.tensor([9, 12], dtype=torch.int32)
-    found = engine.blocks.transformer(block, x, lengths)
-    expected = EAGER.transformer(block, x, lengths)
-    assert relative(found[0, :9], expected[0, :9]) < 1e-5
-    assert relative(found[1], expected[1]) < 1e-5
+    part = torch.randn_like(x)
+    (own, found), (xs, expected) = (
+        (x, blocks.transformer(block, x, part, lengths))
+        for blocks, x in ((engine.blocks, x.clone()), (EAGER, x.clone()))
+    )
+    for ours, theirs in ((own, xs), (found, expected)):
+        assert relative(ours[0, :9], theirs[0, :9]) < 1e-5
+        assert relative(ours[1], theirs[1]) < 1e-5
     assert not counters["graph_break"]
 
 
@@ -128,7 +131,7 @@ def test_the_vocoder(s3gen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_whole_step_is_one_graph(s3gen: Any) -> None:
     """compile=True compiles a block, for all; nothing in a step forbids to compile it whole."""
-    weights = without_onednn(FlowEngine(s3gen.flow, Options()).solver)
+    weights = FlowEngine(s3gen.flow, COMPILED).solver
     table = flow_module.time_table(s3gen.flow.decoder, 2)
     whole = torch.compile(estimate, fullgraph=True, dynamic=True, backend="eager")
     for frames in (14, 23):

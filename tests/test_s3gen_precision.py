@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,13 @@ from chatterbox_fast import precision as choosing
 from chatterbox_fast.options import Options
 from chatterbox_fast.precision import choose_float
 from chatterbox_fast.s3gen.encoder import encode, pack_encoder
-from chatterbox_fast.s3gen.flow import condition, pack_flow, solve, time_table
+from chatterbox_fast.s3gen.flow import Kernels, condition, pack_flow, solve, time_table
 from chatterbox_fast.s3gen.layers import (
     Linear,
+    Norm,
     SequenceConv,
     SequenceConvTranspose,
+    added,
     bytes_of,
     narrowed,
     saturated,
@@ -36,15 +39,15 @@ def s3gen() -> Any:
 
 
 def our_mel(
-    flow: Any, dtype: torch.dtype | None, steps: int = 10, padded: str = "reference", **case: Any
+    flow: Any, dtype: torch.dtype | None, steps: int = 10, by: str = "reference", **case: Any
 ) -> Tensor:
     """What the engine makes of an utterance in `dtype`, from fixed noise.
 
-    `padded`: what attends; "extension" as on a CPU.
+    `by`: what runs the ops; "extension" as on a CPU.
     """
     own = utterance(**case)
     tokens = torch.cat([own["prompt_token"].long(), own["token"]], dim=1)
-    encoder, solver = pack_encoder(flow, dtype), pack_flow(flow.decoder, dtype, padded)
+    encoder, solver = pack_encoder(flow, dtype, by), pack_flow(flow.decoder, dtype, Kernels(by, by))
     mu = encode(encoder, tokens)
     prompt = torch.zeros_like(mu)
     prompt[:, : own["prompt_feat"].shape[1]] = own["prompt_feat"]
@@ -52,7 +55,7 @@ def our_mel(
     noise = torch.randn(mu.shape, generator=torch.Generator().manual_seed(1))
     given = condition(solver, mu, speaker, prompt)
     lengths = torch.full((len(given.conv),), noise.shape[1], dtype=torch.int32)
-    lengths = lengths if padded == "extension" else None
+    lengths = lengths if by == "extension" else None
     return solve(solver, time_table(flow.decoder, steps), given, noise, lengths)
 
 
@@ -81,8 +84,8 @@ def test_the_mel_is_no_further_off_than_stocks_under_autocast(
     assert relative(exact, expected) < 1e-5, "the same noise"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stocks = mean_distance(stocks_mel(s3gen.flow, monkeypatch, **case), expected)
-    for padded in ("reference", "extension"):
-        ours = our_mel(s3gen.flow, dtype, padded=padded, **case)[:, -expected.shape[1] :]
+    for by in ("reference", "extension"):
+        ours = our_mel(s3gen.flow, dtype, by=by, **case)[:, -expected.shape[1] :]
         assert ours.dtype == torch.float32
         assert 0 < mean_distance(ours, expected) <= stocks
 
@@ -148,8 +151,13 @@ def test_each_layer_saturates() -> None:
     conv, transposed = SequenceConv(weight, None, 1), SequenceConvTranspose(weight, None, 1, 1)
     block: Any = ResBlock(((torch.neg, conv, torch.neg, conv),))  # type: ignore[arg-type]
     product = Linear(weight[:, :, 0, 0], None, onednn=False)
-    for found in (conv(x), transposed(x), block(x.half()), product.added_to(x, x)):
+    for found in (conv(x), transposed(x), block(x.half()), added(x, product(x), torch.float16)):
         assert torch.isfinite(found).all()
+    for by, out in itertools.product(("reference", "extension"), (product(x), conv.unbounded(x))):
+        assert torch.isinf(out).any()
+        norm = Norm(torch.ones(8), torch.zeros(8), 1e-5, by)
+        assert torch.isfinite(norm.of_sum(x.clone(), out, torch.float16)).all()
+        assert torch.isfinite(norm.mish(out, None, None, torch.float16)).all()
 
 
 @torch.inference_mode()
@@ -160,7 +168,7 @@ def test_what_stays_in_float32(s3gen: Any) -> None:
     wide = (
         *vocoder.f0_convs, vocoder.f0_head, vocoder.merge, vocoder.conv_post,
         flow.x_conv, flow.x_around, flow.given_conv, flow.given_around,
-        flow.final_norm, flow.middle[0].transformers[0].norm,
+        flow.final_act, flow.final_act.norm, flow.middle[0].transformers[0].norm,
         vocoder.stages[0].blocks[0].layers[0][0],
     )  # fmt: skip
     assert {tensor.dtype for each in wide for tensor in each if isinstance(tensor, Tensor)} == {

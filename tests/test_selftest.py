@@ -196,7 +196,7 @@ def test_the_report_shows_what_the_engine_uses(
     assert rows["  skinny_linear"] == ("extension", "compiled for cpu")
 
 
-@pytest.mark.parametrize("op", ["padded_attention", "snake", "istft"])
+@pytest.mark.parametrize("op", ["padded_attention", "add_norm", "snake", "istft"])
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_an_op_of_s3gen_that_is_wrong_with_a_dtype(
     broken: Any, op: str, dtype: torch.dtype
@@ -204,7 +204,7 @@ def test_an_op_of_s3gen_that_is_wrong_with_a_dtype(
     """By a twentieth: more than any rounding to bfloat16."""
     if op == "istft" and dtype != torch.float32:
         pytest.skip("its spectrum is float32")
-    broken(op, lambda right, x, *rest: right(x, *rest) * (1 + (x.dtype == dtype) / 20))
+    broken(op, lambda right, x, *a, **k: right(x, *a, **k) * (1 + (x.dtype == dtype) / 20))
     found = chosen(op)
     assert found.backend == "reference"
     assert found.reason.startswith(f"{op} is wrong on this machine with ")
@@ -213,3 +213,18 @@ def test_an_op_of_s3gen_that_is_wrong_with_a_dtype(
 def test_a_snake_that_is_wrong_where_it_loads_vectors(broken: Any) -> None:
     broken("snake", lambda right, x, *rest: right(x, *rest) * (1 + (x.shape[-1] % 8 == 0) / 20))
     assert chosen("snake").reason.endswith("with torch.float32, 40 channels")
+
+
+def test_an_add_norm_that_forgets_the_sum(broken: Any) -> None:
+    def on_copies(right: Any, *arguments: Any, **how: Any) -> Tensor:
+        return right(*(None if each is None else each.clone() for each in arguments), **how)
+
+    broken("add_norm", on_copies)
+    assert "the residual of torch.float32" in chosen("add_norm").reason
+
+
+def test_norms_wider_than_the_kernels_take() -> None:
+    for channels, backend in ((1024, "extension"), (1025, "reference")):
+        found = selftest.choose_add_norm(channels, CPU, "auto", torch.float32)
+        assert found.backend == backend
+    assert found.reason == "the kernels take up to 1024 channels, these are 1025"

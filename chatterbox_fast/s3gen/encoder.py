@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layers import Linear, Norm, SequenceConv, full_conv, in_dtype, linear, merged, norm
+from .layers import Linear, Norm, SequenceConv, added, full_conv, in_dtype, linear, merged, norm
 
 
 class Layer(NamedTuple):
@@ -39,15 +39,19 @@ class Layer(NamedTuple):
     up: Linear
     down: Linear
 
-    def __call__(self, x: Tensor, positions: Tensor, pads: Tensor | None) -> Tensor:
-        """``(B, T, C)``, as x.
+    def __call__(
+        self, x: Tensor, part: Tensor | None, positions: Tensor, pads: Tensor | None
+    ) -> Tensor:
+        """What is to be added to x ``(B, T, C)`` after `part`, which is added to it here, in place.
 
         Args:
             positions: ``(2 T - 1, C)``, with attention's scale in them.
             pads: ``(B, T)`` bool, which keys are none; None: all are.
         """
-        x = self.out.added_to(x, self._attention(self.qkv(self.norm(x)), positions, pads))
-        return self.down.added_to(x, self.up.silu(self.ff_norm(x)))
+        inner = self.norm.of_sum(x, part, self.qkv.weight.dtype)
+        part = self.out(self._attention(self.qkv(inner), positions, pads))
+        inner = self.ff_norm.of_sum(x, part, self.up.weight.dtype)
+        return self.down(self.up.silu(inner))
 
     def _attention(self, qkv: Tensor, positions: Tensor, pads: Tensor | None) -> Tensor:
         q, k, v = (self._split(part) for part in qkv.chunk(3, dim=-1))
@@ -89,13 +93,17 @@ class Stack(NamedTuple):
         """``(B, T, C)`` of ``(B, T, C')``."""
         return self.embed_norm(self.embed(x))
 
-    def __call__(self, x: Tensor, pads: Tensor | None) -> Tensor:
-        """The layers' output ``(B, T, C)``; `pads` as each takes them."""
+    def __call__(self, x: Tensor, pads: Tensor | None) -> Tensor | None:
+        """What is to be added to x ``(B, T, C)``, which is changed: their sum is the output.
+
+        `pads` as each layer takes them.
+        """
         length, middle = x.shape[1], len(self.positions) // 2
         positions = self.project(self.positions[middle - length + 1 : middle + length])
+        part: Tensor | None = None
         for layer, own in zip(self.layers, positions.chunk(len(self.layers), dim=-1), strict=True):
-            x = layer(x, own, pads)
-        return x
+            part = layer(x, part, own, pads)
+        return part
 
 
 class EncoderWeights(NamedTuple):
@@ -116,11 +124,14 @@ class EncoderWeights(NamedTuple):
         return min((len(self.before.positions) + 1) // 2, (len(self.after.positions) + 1) // 4)
 
 
-def pack_encoder(flow: Any, dtype: torch.dtype | None = None) -> EncoderWeights:
+def pack_encoder(
+    flow: Any, dtype: torch.dtype | None = None, add_norm: str = "reference"
+) -> EncoderWeights:
     """The weights of a flow's encoder that `why_flow_unsupported` has nothing against.
 
     Args:
         dtype: of the matrices; None is the model's own.
+        add_norm: the backend of the op of that name.
     """
     encoder = flow.encoder
     ahead = encoder.pre_lookahead_layer
@@ -129,10 +140,10 @@ def pack_encoder(flow: Any, dtype: torch.dtype | None = None) -> EncoderWeights:
         tokens=flow.input_embedding.weight.detach(),
         ahead=full_conv(ahead.conv1.weight, ahead.conv1.bias),
         behind=full_conv(ahead.conv2.weight, ahead.conv2.bias),
-        before=_stack(encoder.embed, encoder.encoders),
+        before=_stack(encoder.embed, encoder.encoders, add_norm),
         upsample=full_conv(_both_halves(upsample.weight.detach()), upsample.bias.repeat(2)),
-        after=_stack(encoder.up_embed, encoder.up_encoders),
-        norm=norm(encoder.after_norm),
+        after=_stack(encoder.up_embed, encoder.up_encoders, add_norm),
+        norm=norm(encoder.after_norm, add_norm),
         project=linear(flow.encoder_proj),
     )
     return weights if dtype is None else in_dtype(weights, dtype)
@@ -146,33 +157,33 @@ def _both_halves(weight: Tensor) -> Tensor:
     return torch.cat([first, second])
 
 
-def _stack(embed: Any, layers: Any) -> Stack:
+def _stack(embed: Any, layers: Any, add_norm: str) -> Stack:
     scale = embed.pos_enc.xscale
-    plain = norm(embed.out[1])
+    plain = norm(embed.out[1], add_norm)
     width = layers[0].self_attn.d_k
     project = merged([layer.self_attn.linear_pos.weight / math.sqrt(width) for layer in layers])
     return Stack(
         embed=linear(embed.out[0]),
-        embed_norm=Norm(plain.weight * scale, plain.bias * scale, plain.eps),
+        embed_norm=plain._replace(weight=plain.weight * scale, bias=plain.bias * scale),
         positions=embed.pos_enc.pe[0].to(plain.weight),
         project=project,
-        layers=tuple(map(_layer, layers)),
+        layers=tuple(_layer(layer, add_norm) for layer in layers),
     )
 
 
-def _layer(module: Any) -> Layer:
+def _layer(module: Any, add_norm: str) -> Layer:
     attention, ff = module.self_attn, module.feed_forward
     u, v = attention.pos_bias_u.detach().flatten(), attention.pos_bias_v.detach().flatten()
     projections = attention.linear_q, attention.linear_k, attention.linear_v
     bias = torch.cat([each.bias.detach() for each in projections])
     bias[: len(u)] += u
     return Layer(
-        norm=norm(module.norm_mha),
+        norm=norm(module.norm_mha, add_norm),
         qkv=merged([each.weight for each in projections], bias),
         u_to_v=v - u,
         out=linear(attention.linear_out),
         heads=attention.h,
-        ff_norm=norm(module.norm_ff),
+        ff_norm=norm(module.norm_ff, add_norm),
         up=linear(ff.w_1),
         down=linear(ff.w_2),
     )
@@ -193,7 +204,8 @@ def encode(weights: EncoderWeights, tokens: Tensor, lengths: Tensor | None = Non
         x = x.masked_fill(pads[..., None], 0)
     seen = F.leaky_relu(weights.ahead(x)[:, -length:], inplace=True)
     x = weights.behind(seen)[:, :length] + x
-    x = weights.upsample(weights.before(x, pads))[:, :length]
-    x = x.unflatten(-1, (2, -1)).flatten(1, 2)
-    x = weights.after(weights.after.embedded(x), late_pads)
-    return weights.project(weights.norm(x)).to(weights.tokens.dtype)
+    x = added(x, weights.before(x, pads), weights.upsample.weight.dtype)
+    x = weights.upsample(x)[:, :length].unflatten(-1, (2, -1)).flatten(1, 2)
+    x = weights.after.embedded(x)
+    x = weights.norm.of_sum(x, weights.after(x, late_pads), weights.project.weight.dtype)
+    return weights.project(x).to(weights.tokens.dtype)

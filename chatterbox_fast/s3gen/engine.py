@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import LayerNorm
 
 from .. import selftest
 from ..compiling import Compiled
@@ -30,7 +31,16 @@ from ..precision import choose_float
 from ..recent import Recent
 from .bucket import Bucket, Flow, bucket_for
 from .encoder import encode, pack_encoder
-from .flow import EAGER, TimeTable, compiled_blocks, condition, pack_flow, solve, time_table
+from .flow import (
+    EAGER,
+    Kernels,
+    TimeTable,
+    compiled_blocks,
+    condition,
+    pack_flow,
+    solve,
+    time_table,
+)
 from .layers import without_onednn
 from .vocoder import decode, pack_vocoder
 
@@ -39,6 +49,7 @@ TABLES = 4
 BUCKETS = 24
 """Captured sizes that are kept, as many as there are for one number of steps: 2 to 20 s of audio
 after a prompt of 10 s are eight already. What they compute on the way they share."""
+COMPILED = "torch.compile fuses it with what is around it"
 
 
 class FlowEngine:
@@ -46,7 +57,7 @@ class FlowEngine:
 
     Attributes:
         precision, why: what the matrices are stored in, and why.
-        padded: what runs `padded_attention`, and why.
+        padded, add_norm: what runs `padded_attention` and `add_norm`, and why.
         encoder, solver: the weights.
         blocks: what runs the estimator's blocks, eager or compiled.
         eager_because: why nothing is captured in a CUDA graph; None where it is.
@@ -57,13 +68,19 @@ class FlowEngine:
         self.device: torch.device = weight.device
         self.precision, dtype, self.why = choose_float(options, self.device, weight.dtype)
         narrow = None if dtype == weight.dtype else dtype
-        self.encoder = pack_encoder(flow, narrow)
         attention = flow.decoder.estimator.mid_blocks[0][1][0].attn1
         width = attention.to_q.out_features // attention.heads
         self.padded = selftest.choose_attention(
             "padded_attention", width, self.device, options.backend, dtype
         )
-        self.solver = pack_flow(flow.decoder, narrow, self.padded.backend)
+        self.add_norm = selftest.choose_add_norm(
+            _widest_norm(flow), self.device, options.backend, weight.dtype
+        )
+        self.encoder = pack_encoder(flow, narrow, self.add_norm.backend)
+        if options.compile:
+            self.add_norm = Choice("reference", COMPILED)
+        kernels = Kernels(self.padded.backend, self.add_norm.backend)
+        self.solver = pack_flow(flow.decoder, narrow, kernels)
         if options.compile:
             self.solver = without_onednn(self.solver)
         self.blocks = compiled_blocks() if options.compile else EAGER
@@ -181,6 +198,11 @@ class FlowEngine:
         return Pool(self.device) if self.device.type == "cuda" else None
 
 
+def _widest_norm(flow: Any) -> int:
+    """The channels of the widest layer norm."""
+    return max(each.weight.numel() for each in flow.modules() if isinstance(each, LayerNorm))
+
+
 class VocoderEngine:
     """The vocoder of one S3Gen, mel to audio. Immutable; threads share it.
 
@@ -200,7 +222,7 @@ class VocoderEngine:
         narrow = None if dtype == weight.dtype else dtype
         self.snake = selftest.choose("snake", self.device, options.backend, dtype)
         if options.compile:
-            self.snake = Choice("reference", "torch.compile fuses it with what is around it")
+            self.snake = Choice("reference", COMPILED)
         # The spectrum is float32 whatever the precision.
         self.istft = selftest.choose("istft", self.device, options.backend, weight.dtype)
         self.weights = pack_vocoder(

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..compiling import Compiled
@@ -26,6 +25,7 @@ from .layers import (
     Linear,
     Norm,
     SequenceConv,
+    added,
     attention,
     full_conv,
     in_dtype,
@@ -51,13 +51,39 @@ class Transformer(NamedTuple):
     down: Linear
 
 
+class Activation(NamedTuple):
+    """What follows a causal convolution: its bias, a norm, Mish.
+
+    Attributes:
+        offset: ``(C,)``, the bias, added here as cuDNN would in a pass of its own; None is none.
+    """
+
+    offset: Tensor | None
+    norm: Norm
+
+    def __call__(
+        self,
+        out: Tensor,
+        length: int,
+        dtype: torch.dtype | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """``(R, length, C)`` of the convolution's output, which may be longer.
+
+        Args:
+            dtype: of the result; None is the norm's own.
+            shift: ``(C,)``, is added at the end.
+        """
+        return self.norm.mish(out[:, :length], self.offset, shift, dtype)
+
+
 class Resnet(NamedTuple):
     """Two causal convolutions, the time added between them, and a projection around them."""
 
     conv1: SequenceConv
-    norm1: Norm
+    act1: Activation
     conv2: SequenceConv
-    norm2: Norm
+    act2: Activation
     around: Linear
 
 
@@ -68,37 +94,45 @@ class Stage(NamedTuple):
     transformers: tuple[Transformer, ...]
 
 
-def transformer(block: Transformer, x: Tensor, lengths: Tensor | None) -> Tensor:
-    """``(R, T, C)``, as x.
+def transformer(block: Transformer, x: Tensor, part: Tensor, lengths: Tensor | None) -> Tensor:
+    """What is to be added to x ``(R, T, C)`` after `part`, which is added to it here, in place.
+
+    So that a sum is taken in the same pass as the norm that needs it.
 
     Args:
         lengths: ``(R,)`` int32, how many of a row's frames there are; None is all.
     """
-    mixed = attention(block.qkv(block.norm(x)), block.heads, lengths, block.padded)
-    x = block.out.added_to(x, mixed)
-    return block.down.added_to(x, block.up.gelu(block.ff_norm(x)))
+    inner = block.norm.of_sum(x, part, block.qkv.weight.dtype)
+    part = block.out(attention(block.qkv(inner), block.heads, lengths, block.padded))
+    inner = block.ff_norm.of_sum(x, part, block.up.weight.dtype)
+    return block.down(block.up.gelu(inner))
 
 
-def resnet(block: Resnet, x: Tensor, shift: Tensor) -> Tensor:
-    """``(R, T, C')`` of x ``(R, T, C)`` and what the time adds, ``(C',)``."""
-    inner = after_first_conv(block, block.conv1(x), shift)
-    return block.around.added_to(inner[:, : x.shape[1]], x)
+def resnet(block: Resnet, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """``(R, T, C')``, and what is to be added to it.
 
-
-def after_first_conv(block: Resnet, x: Tensor, shift: Tensor) -> Tensor:
-    """All of a residual block but its first convolution and its projection.
-
-    Two rows longer than the output of that.
+    Args:
+        x: ``(R, T, C)``.
+        shift: ``(C',)``, what the time adds.
     """
-    x = F.mish(block.norm1(x), inplace=True).add_(shift)
-    return F.mish(block.norm2(block.conv2(x)), inplace=True)
+    inner = after_first_conv(block, block.conv1.unbounded(x), x.shape[1], shift)
+    return inner, block.around(x)
+
+
+def after_first_conv(block: Resnet, out: Tensor, length: int, shift: Tensor) -> Tensor:
+    """All of a residual block but its first convolution, whose output is `out`, and its projection.
+
+    In the norm's dtype.
+    """
+    inner = block.act1(out, length, block.conv2.weight.dtype, shift)
+    return block.act2(block.conv2.unbounded(inner), length)
 
 
 class Blocks(NamedTuple):
     """The functions that an engine calls for each block: eager, or compiled."""
 
-    transformer: Callable[[Transformer, Tensor, Tensor | None], Tensor]
-    resnet: Callable[[Resnet, Tensor, Tensor], Tensor]
+    transformer: Callable[[Transformer, Tensor, Tensor, Tensor | None], Tensor]
+    resnet: Callable[[Resnet, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 EAGER = Blocks(transformer, resnet)
@@ -115,7 +149,8 @@ class FlowWeights(NamedTuple):
     Attributes:
         x_conv, x_around: the part of the first residual block that reads x, without bias.
         given_conv, given_around: the part that reads mu, speaker and prompt, with bias.
-        down: the first stage. Its residual block's first convolution and projection are those four.
+        down: the first stage. Its residual block's first convolution, the bias of that, and its
+            projection are those four.
         guidance: stock's inference_cfg_rate; None is meanflow, which has no unconditional row.
     """
 
@@ -129,7 +164,7 @@ class FlowWeights(NamedTuple):
     up: Stage
     up_conv: SequenceConv
     final_conv: SequenceConv
-    final_norm: Norm
+    final_act: Activation
     project: Linear
     guidance: float | None
 
@@ -150,7 +185,7 @@ class Given(NamedTuple):
     """What an utterance is conditioned on, as the first residual block reads it.
 
     Attributes:
-        conv: ``(R, T + K - 1, C)``, its first convolution's share, with the bias.
+        conv: ``(R, T, C)``, its first convolution's share, with the bias.
         around: ``(R, T, C)``, its projection's share, with the bias.
     """
 
@@ -158,15 +193,25 @@ class Given(NamedTuple):
     around: Tensor
 
 
+class Kernels(NamedTuple):
+    """The backends of the ops of those names."""
+
+    padded_attention: str = "reference"
+    add_norm: str = "reference"
+
+
+REFERENCE = Kernels()
+
+
 def pack_flow(
-    decoder: Any, dtype: torch.dtype | None = None, padded: str = "reference"
+    decoder: Any, dtype: torch.dtype | None = None, kernels: Kernels = REFERENCE
 ) -> FlowWeights:
     """The weights of a `CausalConditionalCFM` that `why_flow_unsupported` has nothing against.
 
     Args:
         dtype: of the matrices; None is the model's own. What reads mu, prompt and noise stays in
             that: nothing bounds those.
-        padded: the backend of `padded_attention`.
+        kernels: what runs the ops.
     """
     estimator = decoder.estimator
     (down,), (up,) = estimator.down_blocks, estimator.up_blocks
@@ -175,18 +220,20 @@ def pack_flow(
     half = around.weight.detach()[:, :, 0]
     given = Linear(half[:, x:].contiguous(), around.bias.detach(), False)
     final = estimator.final_block.block
+    first_stage = _stage(down, kernels)
+    act1 = first_stage.resnet.act1._replace(offset=None)
     weights = FlowWeights(
         x_conv=full_conv(first.weight[:, :x], None),
         x_around=Linear(half[:, :x].contiguous(), None, False),
         given_conv=full_conv(first.weight[:, x:], first.bias),
         given_around=given,
-        down=_stage(down, padded),
+        down=first_stage._replace(resnet=first_stage.resnet._replace(act1=act1)),
         down_conv=full_conv(down[2].weight, down[2].bias),
-        middle=tuple(_stage(block, padded) for block in estimator.mid_blocks),
-        up=_stage(up, padded),
+        middle=tuple(_stage(block, kernels) for block in estimator.mid_blocks),
+        up=_stage(up, kernels),
         up_conv=full_conv(up[2].weight, up[2].bias),
-        final_conv=full_conv(final[0].weight, final[0].bias),
-        final_norm=norm(final[2]),
+        final_conv=full_conv(final[0].weight, None),
+        final_act=_activation(final, kernels),
         project=linear(estimator.final_proj),
         guidance=None if estimator.meanflow else float(decoder.inference_cfg_rate),
     )
@@ -196,30 +243,36 @@ def pack_flow(
     return in_dtype(weights, dtype)._replace(**{name: getattr(weights, name) for name in first})
 
 
-def _stage(block: Any, padded: str) -> Stage:
-    return Stage(_resnet(block[0]), tuple(_transformer(each, padded) for each in block[1]))
+def _stage(block: Any, kernels: Kernels) -> Stage:
+    return Stage(
+        _resnet(block[0], kernels), tuple(_transformer(each, kernels) for each in block[1])
+    )
 
 
-def _resnet(module: Any) -> Resnet:
+def _resnet(module: Any, kernels: Kernels) -> Resnet:
     first, second = module.block1.block, module.block2.block
     return Resnet(
-        conv1=full_conv(first[0].weight, first[0].bias),
-        norm1=norm(first[2]),
-        conv2=full_conv(second[0].weight, second[0].bias),
-        norm2=norm(second[2]),
+        conv1=full_conv(first[0].weight, None),
+        act1=_activation(first, kernels),
+        conv2=full_conv(second[0].weight, None),
+        act2=_activation(second, kernels),
         around=linear(module.res_conv),
     )
 
 
-def _transformer(module: Any, padded: str) -> Transformer:
+def _activation(block: Any, kernels: Kernels) -> Activation:
+    return Activation(block[0].bias.detach(), norm(block[2], kernels.add_norm))
+
+
+def _transformer(module: Any, kernels: Kernels) -> Transformer:
     attn, ff = module.attn1, module.ff.net
     return Transformer(
-        norm=norm(module.norm1),
+        norm=norm(module.norm1, kernels.add_norm),
         qkv=merged([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight]),
         out=linear(attn.to_out[0]),
         heads=attn.heads,
-        padded=padded,
-        ff_norm=norm(module.norm3),
+        padded=kernels.padded_attention,
+        ff_norm=norm(module.norm3, kernels.add_norm),
         up=linear(ff[0].proj),
         down=linear(ff[2]),
     )
@@ -261,7 +314,8 @@ def condition(weights: FlowWeights, mu: Tensor, speaker: Tensor, prompt: Tensor)
     given = torch.cat([mu, speaker[:, None].expand_as(mu), prompt], dim=-1)
     if weights.guidance is not None:
         given = torch.cat([given, torch.zeros_like(given)])
-    return Given(weights.given_conv(given), weights.given_around(given))
+    conv = weights.given_conv(given)[:, : mu.shape[1]].contiguous()
+    return Given(conv, weights.given_around(given))
 
 
 def solve(
@@ -299,23 +353,24 @@ def estimate(
 ) -> Tensor:
     """The velocity ``(R, T, 80)`` at x ``(B, T, 80)``, one row for each of `given`."""
 
-    def transformed(stage: Stage, x: Tensor) -> Tensor:
+    def transformed(stage: Stage, x: Tensor, part: Tensor) -> Tensor:
+        """Of x and what is to be added to it, as the next stage reads it."""
         for block in stage.transformers:
-            x = blocks.transformer(block, x, lengths)
-        return x
+            part = blocks.transformer(block, x, part, lengths)
+        return added(x, part, stage.resnet.conv2.weight.dtype)
 
     length, first = x.shape[1], weights.down.resnet
-    inner = after_first_conv(first, _share(given.conv, weights.x_conv(x)), shifts[0])
-    hidden = inner[:, :length] + _share(given.around, weights.x_around(x))
-    skip = transformed(weights.down, hidden)
+    conv = _share(given.conv, weights.x_conv(x)[:, :length])
+    inner = after_first_conv(first, conv, length, shifts[0])
+    skip = transformed(weights.down, inner, _share(given.around, weights.x_around(x)))
     hidden = weights.down_conv(skip)[:, :length].contiguous()
     for stage, shift in zip(weights.middle, shifts[1:-1], strict=True):
-        hidden = transformed(stage, blocks.resnet(stage.resnet, hidden, shift))
-    hidden = blocks.resnet(weights.up.resnet, torch.cat([hidden, skip], dim=-1), shifts[-1])
-    hidden = transformed(weights.up, hidden)
-    hidden = weights.final_conv(weights.up_conv(hidden)[:, :length])
-    hidden = F.mish(weights.final_norm(hidden), inplace=True)
-    return weights.project(hidden[:, :length].contiguous()).to(x.dtype)
+        hidden = transformed(stage, *blocks.resnet(stage.resnet, hidden, shift))
+    both = torch.cat([hidden, skip], dim=-1)
+    hidden = transformed(weights.up, *blocks.resnet(weights.up.resnet, both, shifts[-1]))
+    hidden = weights.final_conv.unbounded(weights.up_conv(hidden)[:, :length])
+    hidden = weights.final_act(hidden, length, weights.project.weight.dtype)
+    return weights.project(hidden).to(x.dtype)
 
 
 def _share(rows: Tensor, x: Tensor) -> Tensor:

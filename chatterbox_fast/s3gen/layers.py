@@ -69,27 +69,48 @@ class Linear(NamedTuple):
         fused = torch.ops.mkldnn._linear_pointwise
         return fused(x, self.weight, self.bias, name, [], algorithm)
 
-    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """``residual`` + the output, in the wider of their dtypes; neither is changed."""
-        if self.onednn:
-            return torch.ops.mkldnn._linear_pointwise.binary(
-                x, residual, self.weight, self.bias, "add"
-            )
-        return residual + saturated(self(x))
-
 
 class Norm(NamedTuple):
-    """A layer norm over the last dimension; weight and bias are ``(C,)``."""
+    """A layer norm over the last dimension, and what comes before and after it in one op.
+
+    Attributes:
+        weight, bias: ``(C,)``.
+        by: the backend of `add_norm`.
+    """
 
     weight: Tensor
     bias: Tensor
     eps: float
+    by: str
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The norm of ``(..., C)``, in the weight's dtype."""
-        return F.layer_norm(
-            x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, self.eps
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The norm of ``(B, T, C)``, in `dtype` or the weight's."""
+        return self._apply(x, dtype=dtype)
+
+    def of_sum(self, x: Tensor, part: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The norm of ``x + part`` in `dtype`; `part` is added to x, in place. None is no part."""
+        if part is None:
+            return self._apply(x, dtype=dtype)
+        return self._apply(part, x, dtype=dtype)
+
+    def mish(
+        self, x: Tensor, offset: Tensor | None, shift: Tensor | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        """``mish(norm(x + offset)) + shift``, in `dtype` or the weight's."""
+        # A convolution without cuDNN or oneDNN leaves it in another order.
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return self._apply(x, None, offset, shift, mish=True, dtype=dtype)
+
+    def _apply(self, *arguments: Tensor | None, dtype: torch.dtype | None, **how: bool) -> Tensor:
+        x, *rest = arguments
+        return ops.add_norm_by(self.by)(
+            x, self.weight, self.bias, *rest, eps=self.eps, dtype=dtype or self.weight.dtype, **how
         )
+
+
+def added(x: Tensor, part: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x + part`` in `dtype`, as `narrowed` says."""
+    return saturated(torch.add(x, part, out=x.new_empty(x.shape, dtype=dtype)))
 
 
 class SequenceConv(NamedTuple):
@@ -110,11 +131,15 @@ class SequenceConv(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(B, T', N)``."""
+        return saturated(self.unbounded(x))
+
+    def unbounded(self, x: Tensor) -> Tensor:
+        """The same, in which infinity is left: `add_norm` takes it for the largest number."""
         out = F.conv2d(
             _image(narrowed(x, self.weight.dtype)), self.weight, self.bias,
             (1, self.stride), (0, self.padding), (1, self.dilation),
         )  # fmt: skip
-        return _sequence(saturated(out))
+        return _sequence(out)
 
     def as_product(self, x: Tensor) -> Tensor:
         """The same as a matrix product; for a stride and a dilation of 1.
@@ -235,9 +260,9 @@ def has_onednn(weight: Tensor) -> bool:
     )
 
 
-def norm(module: Any) -> Norm:
-    """A LayerNorm."""
-    return Norm(module.weight.detach(), module.bias.detach(), module.eps)
+def norm(module: Any, by: str) -> Norm:
+    """A LayerNorm, by a backend of `add_norm`."""
+    return Norm(module.weight.detach(), module.bias.detach(), module.eps, by)
 
 
 def full_conv(weight: Tensor, bias: Tensor | None) -> SequenceConv:

@@ -37,6 +37,7 @@ def flow_site(s3gen: Any, options: Options) -> Site:
             engine_row("s3gen.flow", engine.precision, engine.device, how, why),
             describe_memory(s3gen.flow, weights),
             Row("  padded_attention", "op", *engine.padded),
+            Row("  add_norm", "op", *engine.add_norm),
         ]
 
     return Site("s3gen.flow", s3gen.flow, "inference", make, describe)

@@ -1,5 +1,5 @@
-// What CPU ops do with tensors of float32, float16 or bfloat16: eight numbers as floats, and a call
-// for the type.
+// What CPU ops do with tensors of float32, float16 or bfloat16: eight numbers as floats and back,
+// and a call for the type.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -13,6 +13,21 @@ namespace chatterbox_fast {
 CBF_INLINE Floats floats_of(const float* from) { return load<Floats>(from); }
 CBF_INLINE Floats floats_of(const c10::Half* from) { return floats_of_halves(from); }
 CBF_INLINE Floats floats_of(const c10::BFloat16* from) { return floats_of_bfloats(from); }
+
+// Floats back as eight numbers of the type, rounded to nearest.
+template <typename T>
+CBF_INLINE void narrow(Floats y, T* to) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &y, sizeof y);
+  for (int i = 0; i < kLanes; ++i) to[i] = lanes[i];
+}
+
+CBF_INLINE void narrow(Floats y, c10::BFloat16* to) {
+  const Words bits = (Words)y, is_nan = (Words)(y != y);
+  const Words rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const Shorts shorts = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), Shorts);
+  std::memcpy(to, &shorts, sizeof shorts);
+}
 
 // run(zero of the type); float where it is no half.
 template <typename Run>

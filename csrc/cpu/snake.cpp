@@ -44,22 +44,6 @@ CBF_INLINE Floats squared_sine(Floats angle) {
   return sine * sine;
 }
 
-// ---- Floats back as a vector of x, rounded to nearest.
-
-template <typename T>
-CBF_INLINE void narrow(Floats y, T* to) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &y, sizeof y);
-  for (int i = 0; i < kLanes; ++i) to[i] = lanes[i];
-}
-
-CBF_INLINE void narrow(Floats y, at::BFloat16* to) {
-  const Words bits = (Words)y, is_nan = (Words)(y != y);
-  const Words rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const Shorts shorts = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), Shorts);
-  std::memcpy(to, &shorts, sizeof shorts);
-}
-
 template <typename T>
 CBF_INLINE void activate_vector(const T* x, const float* alpha, const float* inverse, T* y) {
   const Floats own = floats_of(x);

@@ -29,6 +29,7 @@
 #include "common.cuh"
 #include "runtime.h"
 #include "skinny_linear.h"
+#include "warp.cuh"
 
 namespace chatterbox_fast {
 
@@ -138,12 +139,6 @@ RT_DEVICE void add_lane(const SkinnyRows<kRows, X, W>& rows, long long inputs,
   for (; k < inputs; k += kStride) {
     add_products(rows, k, load_weights<kVector>(rows, k), sums);
   }
-}
-
-// The sum over a warp, in every lane.
-RT_DEVICE float sum_of_warp(float sum) {
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
-  return sum;
 }
 
 // Whole sums over the lanes: of row lane / kSkinnyOutputs of x and row lane % kSkinnyOutputs of the

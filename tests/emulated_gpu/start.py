@@ -13,7 +13,7 @@ _operators = ctypes.CDLL(f"{os.environ['EMULATED_GPU']}/operators.so")
 _names = [name.encode() for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")]
 _operators.emulate_operators((ctypes.c_char_p * len(_names))(*_names), len(_names))
 
-LARGE = "skinny_linear padded_attention snake resample istft decode_attention"
+LARGE = "skinny_linear padded_attention add_norm snake resample istft decode_attention"
 """Ops whose kernels take minutes, thread by thread, at the sizes of a model."""
 _asked = os.environ.get("EMULATED_GPU_BY_CPU_OP", "")
 if _by_cpu_op := (LARGE if _asked == "large" else _asked).split():
