@@ -95,7 +95,13 @@ if dispatch.extension_has("padded_attention"):
 if dispatch.extension_has("snake"):
 
     @torch.library.register_fake("chatterbox_fast::snake")
-    def _snake_fake(x: Tensor, alpha: Tensor, inverse: Tensor) -> Tensor:
+    def _snake_fake(
+        x: Tensor,
+        alpha: Tensor,
+        inverse: Tensor,
+        residual: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> Tensor:
         return torch.empty_like(x)
 
 

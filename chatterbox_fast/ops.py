@@ -380,23 +380,33 @@ def padded_attention_by(backend: str) -> Callable[..., Tensor]:
     return reference.padded_attention
 
 
-def snake(x: Tensor, alpha: Tensor, inverse: Tensor, *, backend: Backend = "auto") -> Tensor:
-    """Snake's activation, channels last, in one launch: ``x + sin(alpha x)^2 * inverse``.
+def snake(
+    x: Tensor,
+    alpha: Tensor,
+    inverse: Tensor,
+    residual: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Snake's activation, channels last, of a sum, in one launch: ``z + sin(alpha z)^2 * inverse``.
 
     Args:
-        x, alpha, inverse: see `reference.snake`. Contiguous. Where one of them requires a gradient
-            the reference runs, which has one.
+        x, alpha, inverse, residual, offset: see `reference.snake`. Contiguous; the residual shares
+            no memory with x. Where one of them requires a gradient the reference runs, which has
+            one.
         backend: which implementation to prefer, see `dispatch.choose`.
 
     Returns:
-        Of x's shape and dtype.
+        Of x's shape and dtype; `residual` is updated in place.
 
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or device than documented.
     """
-    if _differentiated(x, alpha, inverse):
+    if _differentiated(x, alpha, inverse, residual, offset):
         backend = "reference"
-    return snake_by(_chosen("snake", x.device, backend, x.dtype))(x, alpha, inverse)
+    kernel = snake_by(_chosen("snake", x.device, backend, x.dtype))
+    return kernel(x, alpha, inverse, residual, offset)
 
 
 def snake_by(backend: str) -> Callable[..., Tensor]:

@@ -465,20 +465,41 @@ def padded_attention(qkv: Tensor, lengths: Tensor, heads: int) -> Tensor:
     return out.masked_fill(~valid[..., None], 0).to(qkv.dtype)
 
 
-def snake(x: Tensor, alpha: Tensor, inverse: Tensor) -> Tensor:
-    """Snake's activation, channels last: ``x + sin(alpha x)^2 * inverse``.
+def snake(
+    x: Tensor,
+    alpha: Tensor,
+    inverse: Tensor,
+    residual: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """Snake's activation, channels last, of a sum: ``z + sin(alpha z)^2 * inverse``.
 
     Args:
         x: ``(..., C)`` float32, float16 or bfloat16. Here alone float64 too.
         alpha: ``(C,)`` float32 (float64 for float64), each channel's frequency.
         inverse: ``(C,)`` like it; stock's Snake has ``1 / (alpha + 1e-9)``.
+        residual: as x; x is added to it in place, and z is the sum. Else z is x.
+        offset: ``(C,)`` like alpha, is added to x first: the bias of the convolution it is from.
 
     Returns:
-        Of x's shape and dtype, computed in float32 (float64) and rounded once. The sine is accurate
-        for arguments of any size.
+        Of x's shape and dtype, computed in float32 (float64) and rounded once, of a z that is not
+        rounded. The sine is accurate for arguments of any size. In float16, x, sum and result are
+        held within its finite numbers.
     """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.addcmul(wide, torch.sin(wide * alpha).square(), inverse).to(x.dtype)
+    z = _finite(x.to(torch.promote_types(x.dtype, torch.float32)), x.dtype)
+    if offset is not None:
+        z = z + offset
+    if residual is not None:
+        z = _finite(residual.to(z.dtype) + z, x.dtype)
+        residual.copy_(z)
+    y = torch.addcmul(z, torch.sin(z * alpha).square(), inverse)
+    return _finite(y, x.dtype).to(x.dtype)
+
+
+def _finite(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x`, in float16 without infinities; of NaN nothing is made."""
+    largest = torch.finfo(torch.float16).max
+    return x.clamp(-largest, largest) if dtype == torch.float16 else x
 
 
 def add_norm(
@@ -511,10 +532,7 @@ def add_norm(
         ``(R, T, C)`` contiguous, computed in float32 (float64) and rounded once: the norm over
         the channels, its Mish if asked for, and the shift.
     """
-    total = x.to(weight.dtype)
-    if x.dtype == torch.float16:
-        largest = torch.finfo(torch.float16).max
-        total = total.clamp(-largest, largest)
+    total = _finite(x.to(weight.dtype), x.dtype)
     if offset is not None:
         total = total + offset
     if residual is not None:

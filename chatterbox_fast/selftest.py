@@ -163,7 +163,9 @@ def _padded_attention(backend: str, device: torch.device) -> Iterator[Case]:
 
 
 def _snake(backend: str, device: torch.device) -> Iterator[Case]:
-    """Every dtype; channels that vectors divide and that none does; an argument of thousands."""
+    """Every dtype; channels that vectors divide and that none does; an argument of thousands; with
+    a sum and without.
+    """
     kernel, normal = ops.snake_by(backend), _random(4)
     dtypes = torch.float32, torch.bfloat16, torch.float16
     for channels, dtype in itertools.product((40, 37), dtypes):
@@ -171,7 +173,13 @@ def _snake(backend: str, device: torch.device) -> Iterator[Case]:
         x[0, 0] *= 2000
         call = (x.to(dtype), alpha, 1 / alpha)
         own = kernel(*(tensor.to(device) for tensor in call))
-        yield f"{dtype}, {channels} channels", own, reference.snake(*call)
+        what = f"{dtype}, {channels} channels"
+        yield what, own, reference.snake(*call)
+        sums = (*call, normal(2, 9, channels).to(dtype), normal(channels))
+        copies = [tensor.to(device, copy=True) for tensor in sums]
+        own = kernel(*copies)
+        yield f"a sum in {what}", own, reference.snake(*sums)
+        yield f"the residual in {what}", copies[3], sums[3]
 
 
 def _add_norm(backend: str, device: torch.device) -> Iterator[Case]:

@@ -23,5 +23,7 @@ TORCH_LIBRARY(chatterbox_fast, library) {
       "add_norm(Tensor x, Tensor weight, Tensor bias, Tensor(a!)? residual=None, "
       "Tensor? offset=None, Tensor? shift=None, *, float eps, bool mish=False, "
       "ScalarType? dtype=None) -> Tensor");
-  library.def("snake(Tensor x, Tensor alpha, Tensor inverse) -> Tensor");
+  library.def(
+      "snake(Tensor x, Tensor alpha, Tensor inverse, Tensor(a!)? residual=None, "
+      "Tensor? offset=None) -> Tensor");
 }

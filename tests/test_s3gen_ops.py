@@ -134,9 +134,14 @@ def test_a_cpu_attends_by_the_kernel() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["exact", "bf16"])
-def test_launches_of_a_request(deep: Any, precision: str) -> None:
-    """As the emulated GPU counts them, those in a graph too. No profiler of a GPU has counted."""
+@pytest.mark.parametrize(
+    ("precision", "most"), [("exact", MOST), ("bf16", MOST), ("fp16", MOST + 200)]
+)
+def test_launches_of_a_request(deep: Any, precision: str, most: int) -> None:
+    """As the emulated GPU counts them, those in a graph too. No profiler of a GPU has counted.
+
+    In float16 sums that nothing bounds are held within its numbers: a launch each.
+    """
     if "EMULATED_GPU" not in os.environ:
         pytest.skip("no profiler counts here")
     launched = ctypes.CDLL(f"{os.environ['EMULATED_GPU']}/libcudart.so.13").gpu_launched
@@ -147,7 +152,7 @@ def test_launches_of_a_request(deep: Any, precision: str) -> None:
         before = launched()
         s3gen.inference(token, ref_dict=dict(voice))
         count = launched() - before
-    assert 0.9 * MOST < count <= MOST
+    assert 0.95 * most < count <= most
 
 
 @pytest.mark.gpu

@@ -58,6 +58,18 @@ def stock(x: Tensor, alpha: Tensor, module: Any = hifigan.Snake) -> Tensor:
     return snake(rows.transpose(1, 2)).detach().transpose(1, 2).reshape(x.shape)
 
 
+def held(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded to `dtype`, in float16 to finite numbers."""
+    largest = torch.finfo(torch.float16).max
+    return (wide.clamp(-largest, largest) if dtype == torch.float16 else wide).to(dtype)
+
+
+def summed(x: Tensor, residual: Tensor | None, offset: Tensor | None) -> Tensor:
+    """What Snake is taken of: in float32, and of half precision not rounded."""
+    total = x.float() if offset is None else x.float() + offset
+    return total if residual is None else residual.float() + total
+
+
 def spacing(y: Tensor, dtype: torch.dtype) -> Tensor:
     """An ulp of each number, in `dtype`; of normal ones."""
     least = torch.finfo(dtype).smallest_normal
@@ -123,17 +135,82 @@ def test_half_precision_is_computed_in_float_and_rounded_once(
     alpha = trained(65)
     for inverse in (inverse_of(alpha), torch.full((65,), 1e-6), torch.full((65,), 6e4)):
         y = ops.snake(x, alpha, inverse, backend=backend)
-        assert torch.equal(y, ops.snake(x.float(), alpha, inverse, backend=backend).to(dtype))
+        wide = ops.snake(x.float(), alpha, inverse, backend=backend)
+        assert torch.equal(y, held(wide, dtype))
+    assert wide.abs().max() > 65504
+
+
+SUMS = ((True, True), (True, False), (False, True))
+"""Whether there is a residual, an offset."""
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sums", SUMS)
+def test_of_a_sum(sums: tuple[bool, bool], backend: Any, dtype: torch.dtype) -> None:
+    """The same bits as of the sum in float32, which the residual has after, rounded."""
+    for shape in SHAPES:
+        x, alpha = noise(shape, dtype), trained(shape[-1])
+        residual = noise(shape, dtype, seed=1) if sums[0] else None
+        offset = noise(shape[-1:], seed=2) if sums[1] else None
+        own = None if residual is None else residual.clone()
+        y = ops.snake(x, alpha, inverse_of(alpha), own, offset, backend=backend)
+        total = summed(x, residual, offset)
+        wide = ops.snake(total, alpha, inverse_of(alpha), backend=backend)
+        assert torch.equal(y, held(wide, dtype))
+        assert own is None or torch.equal(own, held(total, dtype))
+        assert torch.equal(x, noise(shape, dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sum_is_what_stocks_block_adds(backend: Any) -> None:
+    """From a convolution's output without its bias to the activation after it."""
+    block = hifigan.ResBlock(24, 3, [1, 3]).requires_grad_(False)
+    for parameter in block.parameters():
+        parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    x = noise((1, 24, 40)) / 10
+    inner = block.activations2[0](block.convs1[0](block.activations1[0](x)))
+    conv, snake = block.convs2[0], block.activations1[1]
+    expected = snake(conv(inner) + x)
+    out = torch.nn.functional.conv1d(inner, conv.weight, None, padding=1)
+    own = x.mT.contiguous()
+    y = ops.snake(
+        out.mT.contiguous(), snake.alpha, inverse_of(snake.alpha), own, conv.bias, backend=backend
+    )
+    torch.testing.assert_close(own.mT, conv(inner) + x)
+    torch.testing.assert_close(y.mT, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("channels", [19, 64])
+def test_nothing_becomes_infinite_in_float16(backend: Any, channels: int) -> None:
+    """Not x, not the sum, not the result; NaN stays."""
+    alpha, inverse = torch.full((channels,), 0.7), torch.full((channels,), 1e6)
+    x, residual = (torch.full((5, channels), 6e4, dtype=torch.float16) for _ in range(2))
+    x[1], x[2], residual[2], x[3, 3] = math.inf, -math.inf, -6e4, math.nan
+    offset = torch.full((channels,), 5.0)
+    y = ops.snake(x, alpha, inverse, residual, offset, backend=backend)
+    for found in (y, residual):
+        assert found[3, 3].isnan()
+        found[3, 3] = 0
+        assert found.isfinite().all()
+    assert residual[0, 0] == residual[1, 0] == -residual[2, 0] == 65504
+    assert ops.snake(x[:2], alpha, inverse, backend=backend).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_half_is_read_and_written_as_it_is(dtype: torch.dtype) -> None:
-    """Subnormal ones among them; infinities and NaN are NaN, as the sine is."""
+    """Subnormal ones among them. NaN is NaN; infinity, too, as its sine is, but in float16."""
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[:, None]
     alpha, inverse = torch.ones(1), torch.zeros(1)
     y = ops.snake(x, alpha, inverse)
     assert torch.equal(y[x.isfinite()], x[x.isfinite()])
-    assert y[~x.isfinite()].isnan().all()
+    assert y[x.isnan()].isnan().all()
+    infinite = y[x.isinf()]
+    if dtype == torch.float16:
+        assert infinite.tolist() == [-65504, 65504]
+    else:
+        assert infinite.isnan().all()
 
 
 def test_subnormal_halves_survive_flushed_floats(threads: Any) -> None:
@@ -263,6 +340,9 @@ def test_the_same_bits_by_any_number_of_threads_and_for_a_row_alone(
         assert torch.equal(alone, results[0][row])
 
 
+ZEROS = torch.zeros(2, 4)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -279,6 +359,12 @@ def test_the_same_bits_by_any_number_of_threads_and_for_a_row_alone(
         ({"inverse": torch.zeros(5)}, r"inverse must be \(4,\), a number a channel, got \[5\]"),
         ({"inverse": torch.zeros(4).double()}, "inverse must be Float, got Double"),
         ({"inverse": torch.zeros(8)[::2]}, r"inverse must be contiguous, got strides \[2\]"),
+        ({"offset": torch.zeros(5)}, r"offset must be \(4,\), a number a channel, got \[5\]"),
+        ({"offset": torch.zeros(4).half()}, "offset must be Float, got Half"),
+        ({"residual": torch.zeros(2, 4).half()}, "residual must be Float, got Half"),
+        ({"residual": torch.zeros(2, 3)}, r"residual must be \[2, 4\] as x is, got \[2, 3\]"),
+        ({"residual": torch.zeros(4, 2).T}, r"residual must be contiguous, got strides \[1, 2\]"),
+        ({"x": ZEROS, "residual": ZEROS}, "residual must be in memory of its own, got x's"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
@@ -291,17 +377,24 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
 def test_opcheck(shape: tuple[int, ...]) -> None:
     arguments = noise(shape, torch.bfloat16), trained(shape[-1]), torch.ones(shape[-1])
     torch.library.opcheck(torch.ops.chatterbox_fast.snake.default, arguments)
+    sums = noise(shape, torch.bfloat16, seed=1), torch.ones(shape[-1])
+    torch.library.opcheck(torch.ops.chatterbox_fast.snake.default, (*arguments, *sums))
 
 
 def test_torch_compile_keeps_it_in_one_graph() -> None:
     alpha = trained(24)
     inverse = inverse_of(alpha)
-    compiled = torch.compile(
-        lambda x: ops.snake(2 * x, alpha, inverse), fullgraph=True, backend="aot_eager"
-    )
+
+    def twice(x: Tensor, residual: Tensor) -> Tensor:
+        y = ops.snake(2 * x, alpha, inverse, residual)
+        return ops.snake(y, alpha, inverse, residual, alpha)
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     for rows in (4, 9):
         x = noise((1, rows, 24))
-        assert torch.equal(compiled(x), ops.snake(2 * x, alpha, inverse))
+        ours, expected = x.clone(), x.clone()
+        assert torch.equal(compiled(x, ours), twice(x, expected))
+        assert torch.equal(ours, expected)
 
 
 def test_which_implementation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,13 +406,13 @@ def test_which_implementation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     x, alpha = noise((3, 4)), trained(4)
     ops.snake(x, alpha, alpha)
     ops.snake(x.double(), alpha.double(), alpha.double())
-    for number in range(3):
-        arguments = [x.clone(), alpha.clone(), alpha.clone()]
-        arguments[number].requires_grad_()
+    for number in range(5):
+        arguments = [x.clone(), alpha.clone(), alpha.clone(), x.clone(), alpha.clone()]
+        arguments[number] = arguments[number].requires_grad_() * 1
         ops.snake(*arguments)
         with torch.no_grad():
             ops.snake(*arguments)
-    assert asked == ["extension", "reference", *["reference", "extension"] * 3]
+    assert asked == ["extension", "reference", *["reference", "extension"] * 5]
 
 
 def test_gradients_are_stocks() -> None:
@@ -345,6 +438,13 @@ class TestOnAGpu:
         check_stocks(y.cpu(), x, alpha)
         moved = ops.snake(further(own[0], 1), *own[1:], backend="cuda")
         assert torch.equal(moved, y)
+        residual, offset = noise(shape, dtype, seed=1), noise(shape[-1:], seed=2)
+        sums = residual.cuda()
+        y = ops.snake(*own, sums, offset.cuda(), backend="cuda")
+        total = summed(x, residual, offset)
+        wide = ops.snake(total.cuda(), *own[1:], backend="cuda")
+        assert torch.equal(y.cpu(), held(wide.cpu(), dtype))
+        assert torch.equal(sums.cpu(), held(total, dtype))
 
     def test_places_beyond_32_bits(self) -> None:
         x = torch.zeros(2**31 // 64 + 3, 64, dtype=torch.float16, device="cuda")
@@ -371,6 +471,8 @@ class TestOnAGpu:
         for arguments, name in (
             ((x, alpha.cpu(), alpha), "alpha"),
             ((x, alpha, alpha.cpu()), "inverse"),
+            ((x, alpha, alpha, x.cpu()), "residual"),
+            ((x, alpha, alpha, None, alpha.cpu()), "offset"),
         ):
             with pytest.raises(RuntimeError, match=f"snake: {name} must be on cuda:0, got cpu"):
                 torch.ops.chatterbox_fast.snake(*arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,30 +11,49 @@ import numpy as np
 import pytest
 import torch
 from host_cuda import build
-from test_snake import FLOATING, SHAPES, check_stocks, inverse_of, noise, ties, trained
+from test_snake import (
+    FLOATING,
+    SHAPES,
+    SUMS,
+    check_stocks,
+    held,
+    inverse_of,
+    noise,
+    summed,
+    ties,
+    trained,
+)
 from toolkit import ARCHS, KERNELS, compile_kernels
 from torch import Tensor
 
 DRIVER = build.HERE / "snake.cpp"
 FEW = ((2, 7, 65), (3, 9, 1), (1, 37, 64), (1, 2, 1032), (1, 3, 1025), (2, 3, 5, 24), (2, 0, 8))
 """Whole packs and single elements, one tile a row and several, a last block that is not full."""
-ALIGNED = (0, 0, 0, 0)
+ALIGNED = (0,) * 6
 EACH = 2
 """Rows a thread, kSnakeEach."""
 
 
 def by_kernel(
-    x: Tensor, alpha: Tensor, inverse: Tensor,
-    ahead: tuple[int, int, int, int] = ALIGNED, **run: Any,
+    x: Tensor, alpha: Tensor, inverse: Tensor, residual: Tensor | None = None,
+    offset: Tensor | None = None, ahead: tuple[int, ...] = ALIGNED, **run: Any,
 ) -> Tensor:  # fmt: skip
-    """The result of the kernel; `ahead`: how many elements lie before x, alpha, inverse and y."""
+    """The result of the kernel; the residual is updated.
+
+    `ahead`: how many elements lie before x, alpha, inverse, y, residual and offset.
+    """
     channels = x.shape[-1]
     rows = x.numel() // channels if channels else 0
     y = torch.full_like(x, -99.0)
-    arrays = [np.array([rows, channels, FLOATING.index(x.dtype), *ahead], np.int64)]
-    arrays += [behind(t, by) for t, by in zip((x, alpha, inverse, y), ahead, strict=True)]
+    there = residual is not None, offset is not None
+    arrays = [np.array([rows, channels, FLOATING.index(x.dtype), *ahead, *there], np.int64)]
+    tensors = (x, alpha, inverse, y, x[:0] if residual is None else residual,
+               alpha[:0] if offset is None else offset)  # fmt: skip
+    arrays += [behind(t, by) for t, by in zip(tensors, ahead, strict=True)]
     assert build.run(DRIVER, arrays, **run) == build.Outcome()
-    return torch.from_numpy(arrays[-1][ahead[-1] :]).view(x.dtype).view_as(x)
+    if residual is not None:
+        residual.copy_(torch.from_numpy(arrays[5][ahead[4] :]).view(x.dtype).view_as(x))
+    return torch.from_numpy(arrays[4][ahead[3] :]).view(x.dtype).view_as(x)
 
 
 def behind(tensor: Tensor, by: int) -> np.ndarray:
@@ -52,28 +72,59 @@ def test_it_is_stocks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("sums", SUMS)
+def test_of_a_sum(sums: tuple[bool, bool], dtype: torch.dtype) -> None:
+    """The same bits as of the sum in float32, which the residual has after, rounded."""
+    for shape in FEW:
+        x, alpha = noise(shape, dtype), trained(shape[-1])
+        residual = noise(shape, dtype, seed=1) if sums[0] else None
+        offset = noise(shape[-1:], seed=2) if sums[1] else None
+        own = None if residual is None else residual.clone()
+        y = by_kernel(x, alpha, inverse_of(alpha), own, offset)
+        total = summed(x, residual, offset)
+        assert torch.equal(y, held(by_kernel(total, alpha, inverse_of(alpha)), dtype))
+        assert own is None or torch.equal(own, held(total, dtype))
+
+
+@pytest.mark.parametrize("channels", [19, 64])
+def test_nothing_becomes_infinite_in_float16(channels: int) -> None:
+    alpha, inverse = torch.full((channels,), 0.7), torch.full((channels,), 1e6)
+    x, residual = (torch.full((5, channels), 6e4, dtype=torch.float16) for _ in range(2))
+    x[1], x[2], residual[2], x[3, 3] = math.inf, -math.inf, -6e4, math.nan
+    y = by_kernel(x, alpha, inverse, residual)
+    for found in (y, residual):
+        assert found[3, 3].isnan()
+        found[3, 3] = 0
+        assert found.isfinite().all()
+    assert residual[0, 0] == residual[1, 0] == -residual[2, 0] == 65504
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize(
     "ahead",
     [
-        (1, 0, 0, 0),
-        (0, 1, 0, 0),
-        (0, 0, 3, 0),
-        (0, 0, 0, 1),
-        (4, 0, 0, 0),
-        (0, 2, 0, 0),
-        (0, 0, 0, 4),
+        (1, 0, 0, 0, 0, 0),
+        (0, 1, 0, 0, 0, 0),
+        (0, 0, 3, 0, 0, 0),
+        (0, 0, 0, 1, 0, 0),
+        (4, 0, 0, 0, 0, 0),
+        (0, 2, 0, 0, 0, 0),
+        (0, 0, 0, 4, 0, 0),
+        (0, 0, 0, 0, 1, 0),
+        (0, 0, 0, 0, 4, 0),
+        (0, 0, 0, 0, 0, 1),
     ],
     ids=str,
 )
-def test_any_pointer_may_be_misaligned(
-    ahead: tuple[int, int, int, int], dtype: torch.dtype
-) -> None:
+def test_any_pointer_may_be_misaligned(ahead: tuple[int, ...], dtype: torch.dtype) -> None:
     """With the same bits; UBSan sees a pack that is loaded from where none may be."""
     for shape in ((1, 37, 64), (1, 2, 1032)):
         x, alpha = noise(shape, dtype), trained(shape[-1])
         arguments = x, alpha, inverse_of(alpha)
-        y = by_kernel(*arguments, ahead=ahead, variant="asan")
-        assert torch.equal(y, by_kernel(*arguments))
+        sums = [noise(shape, dtype, seed=1) for _ in range(2)]
+        y = by_kernel(*arguments, sums[0], alpha, ahead=ahead, variant="asan")
+        assert torch.equal(y, by_kernel(*arguments, sums[1], alpha))
+        assert torch.equal(*sums)
 
 
 def test_the_same_bits_in_every_order_and_for_a_row_alone() -> None:
@@ -90,7 +141,7 @@ def test_the_same_bits_in_every_order_and_for_a_row_alone() -> None:
 def test_half_precision_is_computed_in_float_and_rounded_once(dtype: torch.dtype) -> None:
     x, alpha = noise((2, 50, 65), dtype), trained(65)
     y = by_kernel(x, alpha, inverse_of(alpha))
-    assert torch.equal(y, by_kernel(x.float(), alpha, inverse_of(alpha)).to(dtype))
+    assert torch.equal(y, held(by_kernel(x.float(), alpha, inverse_of(alpha)), dtype))
     assert by_kernel(*ties(dtype)).tolist() == [[1, 1 + 2 * torch.finfo(dtype).eps]]
 
 
@@ -113,8 +164,11 @@ def test_address_and_undefined_behaviour_sanitizers(dtype: torch.dtype, order: A
     """Each array ends where its last element does."""
     for shape in FEW:
         x, alpha = noise(shape, dtype), trained(shape[-1])
-        y = by_kernel(x, alpha, inverse_of(alpha), variant="asan", order=order, seed=3)
-        assert torch.equal(y, by_kernel(x, alpha, inverse_of(alpha)))
+        for offset in (None, alpha):
+            sums = [None if offset is None else noise(shape, dtype, seed=1) for _ in range(2)]
+            call = x, alpha, inverse_of(alpha)
+            y = by_kernel(*call, sums[0], offset, variant="asan", order=order, seed=3)
+            assert torch.equal(y, by_kernel(*call, sums[1], offset))
 
 
 @pytest.mark.parametrize("shape", FEW[:3], ids=str)
@@ -133,10 +187,13 @@ def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
     assert len(entries) == 3 * 2, "in packs or not"
     assert "sin.approx" not in ptx, "which is of no use for large arguments"
     for kernel in (text for text in ptx.split(".entry ")[1:] if "Li1EEE" not in text):
-        assert len(re.findall(r"st\.global\.v4", kernel)) == EACH, "16 bytes at a time"
+        stores = re.findall(r"st\.global[\w.]*", kernel)
+        assert len(stores) == 2 * EACH, "of the residual and of y"
+        assert all(".v4." in each for each in stores), "16 bytes at a time"
         assert "st.global.u16" not in kernel
         assert len(re.findall(r"ld\.global\.v4", kernel)) >= EACH + 2, "of x, alpha and inverse"
     for entry in entries if arch in ("89", "90") else ():
         assert entry.shared == 0
         assert entry.spilled == 0
-        assert entry.registers <= 64, "four blocks a multiprocessor"
+        most = 64 if "kernelIf" in entry.name else 80
+        assert entry.registers <= most, "four blocks a multiprocessor, three of half precision"

@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from test_snake import FLOATING, SHAPES, check_stocks, further, inverse_of, noise, trained
+from test_snake import (
+    FLOATING,
+    SHAPES,
+    SUMS,
+    check_stocks,
+    further,
+    held,
+    inverse_of,
+    noise,
+    summed,
+    trained,
+)
 from toolkit import interpreting_triton
 from torch import Tensor
 
@@ -21,10 +32,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def by_twin(x: Tensor, alpha: Tensor, inverse: Tensor) -> Tensor:
+def by_twin(*arguments: Any, **how: Any) -> Tensor:
+    """Tensors are shared between processes: the residual is updated here as well."""
     from chatterbox_fast.triton_kernels.snake import snake as twin
 
-    return twin(x, alpha, inverse)
+    return twin(*arguments, **how)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +54,30 @@ def test_it_is_stocks(interpreted: Any, shape: tuple[int, ...], dtype: torch.dty
     check_stocks(y, x, alpha)
 
 
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("sums", SUMS)
+def test_of_a_sum(interpreted: Any, sums: tuple[bool, bool], dtype: torch.dtype) -> None:
+    """The same bits as of the sum in float32, which the residual has after, rounded."""
+    for shape in SHAPES[-14:]:
+        x, alpha = noise(shape, dtype), trained(shape[-1])
+        residual = noise(shape, dtype, seed=1) if sums[0] else None
+        offset = noise(shape[-1:], seed=2) if sums[1] else None
+        own = None if residual is None else residual.clone()
+        y = interpreted(x, alpha, inverse_of(alpha), own, offset)
+        total = summed(x, residual, offset)
+        assert torch.equal(y, held(interpreted(total, alpha, inverse_of(alpha)), dtype))
+        assert own is None or torch.equal(own, held(total, dtype))
+
+
+def test_nothing_becomes_infinite_in_float16(interpreted: Any) -> None:
+    alpha, inverse = torch.full((19,), 0.7), torch.full((19,), 1e6)
+    x, residual = (torch.full((4, 19), 6e4, dtype=torch.float16) for _ in range(2))
+    x[1], x[2], residual[2] = float("inf"), -float("inf"), -6e4
+    y = interpreted(x, alpha, inverse, residual)
+    assert y.isfinite().all()
+    assert residual[0, 0] == residual[1, 0] == -residual[2, 0] == 65504
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_infinity_stay_where_they_are(interpreted: Any, bad: float) -> None:
     x, alpha = noise((7, 20)), trained(20)
@@ -51,6 +87,9 @@ def test_nan_and_infinity_stay_where_they_are(interpreted: Any, bad: float) -> N
     assert y[3, 5].isnan()
     y[3, 5] = expected[3, 5]
     assert torch.equal(y, expected)
+
+
+ZEROS = torch.zeros(2, 4)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +105,10 @@ def test_nan_and_infinity_stay_where_they_are(interpreted: Any, bad: float) -> N
         ({"inverse": torch.zeros(5)}, r"inverse must be \(4,\), .* got \(5,\)"),
         ({"inverse": torch.zeros(8)[::2]}, r"inverse must be contiguous, got strides \(2,\)"),
         ({"inverse": torch.zeros(4, device="meta")}, "inverse must be on cpu, got meta"),
+        ({"offset": torch.zeros(5)}, r"offset must be \(4,\), .* got \(5,\)"),
+        ({"residual": torch.zeros(2, 4).half()}, "residual must be torch.float32, got"),
+        ({"residual": torch.zeros(2, 3)}, r"residual must be \(2, 4\) as x is, got \(2, 3\)"),
+        ({"x": ZEROS, "residual": ZEROS}, "residual must be in memory of its own, got x's"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
@@ -76,17 +119,22 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("architecture", [89, 90])
 @pytest.mark.parametrize("element", ["fp32", "bf16"])
-def test_it_compiles(architecture: int, element: str) -> None:
+@pytest.mark.parametrize("sums", [False, True])
+def test_it_compiles(architecture: int, element: str, sums: bool) -> None:
     """With an accurate sine; what is aligned is loaded 16 bytes at a time."""
     from chatterbox_fast.triton_kernels import snake as twin
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {"ROWS": 16, "CHANNELS": 64}
-    types = {"x": f"*{element}", "alpha": "*fp32", "inverse": "*fp32", "y": f"*{element}",
-             "rows": "i32", "channels": "i32"} | dict.fromkeys(constants, "constexpr")  # fmt: skip
-    aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 5)}
+    constants: dict[str, Any] = {"ROWS": 16, "CHANNELS": 64}
+    constants |= {} if sums else {"residual": None, "offset": None}
+    types = {"x": f"*{element}", "alpha": "*fp32", "inverse": "*fp32", "residual": f"*{element}",
+             "offset": "*fp32", "y": f"*{element}", "rows": "i32",
+             "channels": "i32"} | dict.fromkeys(constants, "constexpr")  # fmt: skip
+    tensors = [name for name, type in types.items() if type.startswith("*")]
+    aligned = {(list(types).index(name),): [["tt.divisibility", 16]]
+               for name in (*tensors, "channels")}  # fmt: skip
     source = ASTSource(twin.snake_kernel, types, constants, aligned)
     target = GPUTarget("cuda", architecture, 32)
     asm = compile(source, target=target, options=twin.LAUNCH).asm

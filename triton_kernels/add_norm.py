@@ -121,18 +121,10 @@ def _check(
     _must(fits, "x", f"(R, T, C), C at most {MOST_CHANNELS}", tuple(x.shape))
     last = x.shape[2] <= 1 or x.stride(2) == 1
     _must(last, "x", "channels last", f"strides {x.stride()}")
-    channels = x.shape[2]
     numbers = {"weight": weight, "bias": bias, "offset": offset, "shift": shift}
-    for name, tensor in {**numbers, "residual": residual}.items():
-        if tensor is None:
-            continue
-        checks.dense("add_norm", tensor, name, torch.float32, x.device)
-        if name == "residual":
-            same = tensor.shape == x.shape
-            _must(same, name, f"{tuple(x.shape)} as x is", tuple(tensor.shape))
-            own = tensor.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
-            _must(own or x.numel() == 0, name, "in memory of its own", "x's")
-        else:
-            must = f"({channels},), a number a channel"
-            _must(tensor.shape == (channels,), name, must, tuple(tensor.shape))
+    for name, tensor in numbers.items():
+        if tensor is not None:
+            checks.of_channels("add_norm", tensor, name, x)
+    if residual is not None:
+        checks.residual("add_norm", residual, torch.float32, x)
     _must(dtype in _FLOATING, "dtype", "float32, float16 or bfloat16", dtype)

@@ -1,6 +1,7 @@
 """Triton twin of snake: one launch, a block of rows and channels a program.
 
-    x (..., C) float32, float16 or bfloat16; alpha, inverse (C,) float32 -> as x
+    x (..., C) float32, float16 or bfloat16; alpha, inverse, offset (C,) float32 -> as x;
+    residual, as x, is updated in place
 
 Equivalent to: chatterbox_fast/reference.py, ``snake``.
 
@@ -29,9 +30,18 @@ ELEMENTS, MOST_CHANNELS = 1024, 128
 LAUNCH = {"num_warps": 4}
 
 
+@triton.jit
+def _finite(value, like):
+    """Of float16, without infinities; NaN is kept."""
+    if like.dtype.element_ty == tl.float16:
+        value = tl.where(value > 65504, 65504, tl.where(value < -65504, -65504, value))
+    return value
+
+
 @triton.jit(do_not_specialize=["rows"])
 def snake_kernel(
-    x, alpha, inverse, y, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+    x, alpha, inverse, residual, offset, y, rows, channels,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of CHANNELS channels."""
     tiles = tl.cdiv(channels, CHANNELS)
@@ -42,17 +52,29 @@ def snake_kernel(
     own_inverse = tl.load(inverse + channel, mask=is_channel, other=0)
     place = row[:, None] * channels + channel[None, :]
     wanted = (row < rows)[:, None] & is_channel[None, :]
-    own = tl.load(x + place, mask=wanted, other=0).to(tl.float32)
+    own = _finite(tl.load(x + place, mask=wanted, other=0).to(tl.float32), x)
+    if offset is not None:
+        own += tl.load(offset + channel, mask=is_channel, other=0)[None, :]
+    if residual is not None:
+        own = _finite(own + tl.load(residual + place, mask=wanted, other=0).to(tl.float32), x)
+        tl.store(residual + place, own.to(residual.dtype.element_ty), mask=wanted)
     sine = tl.sin(own_alpha[None, :] * own)
-    total = own + sine * sine * own_inverse[None, :]
+    total = _finite(own + sine * sine * own_inverse[None, :], x)
     tl.store(y + place, total.to(y.dtype.element_ty), mask=wanted)
 
 
-def snake(x: Tensor, alpha: Tensor, inverse: Tensor) -> Tensor:
-    """Snake's activation, channels last. CUDA tensors, or CPU tensors in Triton's interpreter.
+def snake(
+    x: Tensor,
+    alpha: Tensor,
+    inverse: Tensor,
+    residual: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """Snake's activation of a sum. CUDA tensors, or CPU tensors in Triton's interpreter.
 
     Args:
-        x, alpha, inverse: see `reference.snake`. Contiguous.
+        x, alpha, inverse, residual, offset: see `reference.snake`. Contiguous; the residual in
+            memory of its own.
 
     Returns:
         Of x's shape and dtype.
@@ -60,9 +82,10 @@ def snake(x: Tensor, alpha: Tensor, inverse: Tensor) -> Tensor:
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or device than documented.
     """
-    _check(x, alpha, inverse)
+    _check(x, alpha, inverse, residual, offset)
     # Triton's interpreter does not round to bfloat16, it truncates.
-    y = torch.empty_like(x, dtype=x.dtype if x.is_cuda else torch.float32)
+    dtype = x.dtype if x.is_cuda else torch.float32
+    y, sums = torch.empty_like(x, dtype=dtype), None if residual is None else residual.to(dtype)
     if y.numel() == 0:
         return y.to(x.dtype)
     channels = x.shape[-1]
@@ -70,18 +93,23 @@ def snake(x: Tensor, alpha: Tensor, inverse: Tensor) -> Tensor:
     deep = ELEMENTS // wide
     with torch.cuda.device_of(x):
         snake_kernel[(triton.cdiv(rows, deep) * triton.cdiv(channels, wide),)](
-            x, alpha, inverse, y, rows, channels, ROWS=deep, CHANNELS=wide, **LAUNCH
-        )
+            x, alpha, inverse, sums, offset, y, rows, channels,
+            ROWS=deep, CHANNELS=wide, **LAUNCH,
+        )  # fmt: skip
+    if residual is not None and sums is not residual:
+        residual.copy_(sums)
     return y.to(x.dtype)
 
 
-def _check(x: Tensor, alpha: Tensor, inverse: Tensor) -> None:
+def _check(
+    x: Tensor, alpha: Tensor, inverse: Tensor, residual: Tensor | None, offset: Tensor | None
+) -> None:
     """As csrc/snake.cpp checks."""
     _must(x.dtype in _FLOATING, "x", "float32, float16 or bfloat16", x.dtype)
     _must(x.dim() >= 1, "x", "(..., C)", tuple(x.shape))
     _must(x.is_contiguous(), "x", "contiguous", f"strides {x.stride()}")
-    channels = x.shape[-1]
-    for name, numbers in (("alpha", alpha), ("inverse", inverse)):
-        checks.dense("snake", numbers, name, torch.float32, x.device)
-        must = f"({channels},), a number a channel"
-        _must(numbers.shape == (channels,), name, must, tuple(numbers.shape))
+    for name, numbers in {"alpha": alpha, "inverse": inverse, "offset": offset}.items():
+        if numbers is not None:
+            checks.of_channels("snake", numbers, name, x)
+    if residual is not None:
+        checks.residual("snake", residual, x.dtype, x)

@@ -32,28 +32,43 @@ BINS = N_FFT // 2 + 1
 
 
 class Snake(NamedTuple):
-    """x + sin(alpha x)^2 / alpha; both are ``(C,)``. `by` names the backend of the op."""
+    """x + sin(alpha x)^2 / alpha, and what comes before it in the same op.
+
+    Attributes:
+        alpha, inverse: ``(C,)``.
+        offset: ``(C,)``, the bias of the convolution before, added here as cuDNN would in a pass of
+            its own; None is none.
+        by: the backend of `snake`.
+    """
 
     alpha: Tensor
     inverse: Tensor
+    offset: Tensor | None
     by: str
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``(B, T, C)``, as x, which is not changed."""
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``(B, T, C)``, as x, which is added to the residual first, in place."""
         # A convolution without cuDNN or oneDNN leaves it in another order.
-        return ops.snake_by(self.by)(x.contiguous(), self.alpha, self.inverse)
+        x = x.contiguous()
+        return ops.snake_by(self.by)(x, self.alpha, self.inverse, residual, self.offset)
 
 
 class ResBlock(NamedTuple):
-    """Snake, dilated convolution, Snake, convolution, around which x goes; several of them."""
+    """Snake, dilated convolution, Snake, convolution, around which x goes; several of them.
+
+    Of the convolutions the last alone has its bias: the Snake after it has a convolution's.
+    """
 
     layers: tuple[tuple[Snake, SequenceConv, Snake, SequenceConv], ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``(B, T, C)``, as x, which is not changed."""
+        """``(B, T, C)``, as x, which may be changed."""
+        x = x.contiguous()
+        part: Tensor | None = None
         for snake1, conv1, snake2, conv2 in self.layers:
-            x = saturated(conv2(snake2(conv1(snake1(x)))).add_(x))
-        return x
+            inner = conv1.unbounded(snake1(x) if part is None else snake1(part, x))
+            part = conv2.unbounded(snake2(inner))
+        return x if part is None else saturated(x.add_(part))
 
 
 class Upsampling(NamedTuple):
@@ -176,17 +191,25 @@ def pack_vocoder(
 
 def _res_block(module: Any, by: str) -> ResBlock:
     parts = (module.activations1, module.convs1, module.activations2, module.convs2)
-    return ResBlock(
-        tuple(
-            (_snake(snake1, by), sequence_conv(conv1), _snake(snake2, by), sequence_conv(conv2))
-            for snake1, conv1, snake2, conv2 in zip(*parts, strict=True)
+    layers, offset = [], None
+    for snake1, module1, snake2, module2 in zip(*parts, strict=True):
+        conv1, conv2 = sequence_conv(module1), sequence_conv(module2)
+        layers.append(
+            (
+                _snake(snake1, offset, by),
+                conv1._replace(bias=None),
+                _snake(snake2, conv1.bias, by),
+                conv2._replace(bias=None),
+            )
         )
-    )
+        offset = conv2.bias
+    layers[-1] = (*layers[-1][:3], layers[-1][3]._replace(bias=offset))
+    return ResBlock(tuple(layers))
 
 
-def _snake(module: Any, by: str) -> Snake:
+def _snake(module: Any, offset: Tensor | None, by: str) -> Snake:
     alpha = module.alpha.detach()
-    return Snake(alpha, 1.0 / (alpha + module.no_div_by_zero), by)
+    return Snake(alpha, 1.0 / (alpha + module.no_div_by_zero), offset, by)
 
 
 def _analysis(window: Tensor) -> Tensor:
@@ -235,11 +258,13 @@ def decode(weights: VocoderWeights, mel: Tensor, excitation: Tensor) -> Tensor:
         if stage is weights.stages[-1]:
             x = torch.cat([x[:, 1:2], x], dim=1)  # one reflected sample: as long as the spectrum
         x = saturated(x.add_(stage.source_block(stage.source_down(spectrum))))
-        first, *rest = stage.blocks
-        total = first(x)
-        for block in rest:
-            total = saturated(total.add_(block(x)))
-        x = total.div_(len(stage.blocks))
+        *others, last = stage.blocks
+        total = None
+        for block in others:
+            own = block(x.clone())
+            total = own if total is None else saturated(total.add_(own))
+        x = saturated(total.add_(last(x))) if total is not None else last(x)
+        x = x.div_(len(stage.blocks))
     spectrum = weights.conv_post(F.leaky_relu(x)).contiguous()
     return ops.istft_by(weights.istft)(spectrum, weights.window, weights.limit)
 

@@ -92,8 +92,13 @@ CBF_FUSED_FOR_EVERY_CPU void normalise(const Rules& rules, float* row) {
 template <typename T>
 CBF_INLINE void widen_each(const T* x, int64_t count, float* row) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) narrow(floats_of(x + i), row + i);
-  for (; i < count; ++i) row[i] = x[i];
+  for (; i + kLanes <= count; i += kLanes) narrow(finite<T>(floats_of(x + i)), row + i);
+  if (i == count) return;
+  T few[kLanes] = {};
+  std::copy(x + i, x + count, few);
+  float wide[kLanes];
+  narrow(finite<T>(floats_of(few)), wide);
+  std::copy(wide, wide + (count - i), row + i);
 }
 
 template <typename T>
@@ -103,13 +108,8 @@ CBF_INLINE void narrow_each(const float* row, int64_t count, T* y) {
   for (; i < count; ++i) y[i] = row[i];
 }
 
-// An infinity is the largest number; NaN is kept.
 CBF_FOR_EVERY_CPU void widen(const at::Half* x, int64_t count, float* row) {
-  constexpr float kLargest = 65504.0f;
   widen_each(x, count, row);
-  for (int64_t i = 0; i < count; ++i) {
-    row[i] = row[i] > kLargest ? kLargest : row[i] < -kLargest ? -kLargest : row[i];
-  }
 }
 CBF_FOR_EVERY_CPU void widen(const at::BFloat16* x, int64_t count, float* row) {
   widen_each(x, count, row);

@@ -29,6 +29,18 @@ CBF_INLINE void narrow(Floats y, c10::BFloat16* to) {
   std::memcpy(to, &shorts, sizeof shorts);
 }
 
+// x, within what T holds of finite numbers: half alone has less than float, about. NaN is kept.
+template <typename T>
+CBF_INLINE Floats finite(Floats x) {
+  return x;
+}
+template <>
+CBF_INLINE Floats finite<c10::Half>(Floats x) {
+  constexpr float kLargest = 65504.0f;
+  x = x > kLargest ? all(kLargest) : x;
+  return x < -kLargest ? all(-kLargest) : x;
+}
+
 // run(zero of the type); float where it is no half.
 template <typename Run>
 void by_type(c10::ScalarType type, const Run& run) {

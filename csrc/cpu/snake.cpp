@@ -3,12 +3,14 @@
 // The squared sine has period pi and no sign: alpha x, rounded to float as stock rounds it, less
 // its nearest multiple of pi, taken in double, then a polynomial. Where the multiple is no longer
 // exact, at 2^52, what is left is held within a period: x is so much larger that any sine will do.
-// Where there are few channels, several rows of x are taken for one, alpha and inverse repeated.
+// Where there are few channels, several rows of x are taken for one, the channels' numbers
+// repeated.
 #include "snake.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -44,66 +46,94 @@ CBF_INLINE Floats squared_sine(Floats angle) {
   return sine * sine;
 }
 
-template <typename T>
-CBF_INLINE void activate_vector(const T* x, const float* alpha, const float* inverse, T* y) {
-  const Floats own = floats_of(x);
-  narrow(own + squared_sine(load<Floats>(alpha) * own) * load<Floats>(inverse), y);
+// A number a channel each, the channels repeated; the offset may be zeros.
+struct Numbers {
+  const float *alpha, *inverse, *offset;
+};
+
+template <bool kSum, typename T>
+CBF_INLINE void activate_vector(const T* x, const Numbers& numbers, int64_t place, T* residual,
+                                T* y) {
+  Floats z = finite<T>(floats_of(x)) + load<Floats>(numbers.offset + place);
+  if (kSum) {
+    z = finite<T>(floats_of(residual) + z);
+    narrow(z, residual);
+  }
+  const Floats sine = squared_sine(load<Floats>(numbers.alpha + place) * z);
+  narrow(finite<T>(z + sine * load<Floats>(numbers.inverse + place)), y);
 }
 
-template <typename T>
-CBF_INLINE void activate_each(const T* x, const float* alpha, const float* inverse, int64_t count,
+template <bool kSum, typename T>
+CBF_INLINE void activate_sums(const T* x, const Numbers& numbers, int64_t count, T* residual,
                               T* y) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) activate_vector(x + i, alpha + i, inverse + i, y + i);
+  for (; i + kLanes <= count; i += kLanes) {
+    activate_vector<kSum>(x + i, numbers, i, kSum ? residual + i : nullptr, y + i);
+  }
   if (i == count) return;
-  T few[kLanes] = {};
-  float few_alpha[kLanes] = {}, few_inverse[kLanes] = {};
+  T few[kLanes] = {}, few_sums[kLanes] = {};
+  float own[3][kLanes] = {};
+  const float* const all[3] = {numbers.alpha, numbers.inverse, numbers.offset};
   std::copy(x + i, x + count, few);
-  std::copy(alpha + i, alpha + count, few_alpha);
-  std::copy(inverse + i, inverse + count, few_inverse);
-  activate_vector(few, few_alpha, few_inverse, few);
+  if (kSum) std::copy(residual + i, residual + count, few_sums);
+  for (int j = 0; j < 3; ++j) std::copy(all[j] + i, all[j] + count, own[j]);
+  activate_vector<kSum>(few, {own[0], own[1], own[2]}, 0, few_sums, few);
   std::copy(few, few + (count - i), y + i);
+  if (kSum) std::copy(few_sums, few_sums + (count - i), residual + i);
 }
 
-CBF_FOR_EVERY_CPU void activate(const float* x, const float* alpha, const float* inverse,
-                                int64_t count, float* y) {
-  activate_each(x, alpha, inverse, count, y);
+template <typename T>
+CBF_INLINE void activate_each(const T* x, const Numbers& numbers, int64_t count, T* residual,
+                              T* y) {
+  if (residual == nullptr) return activate_sums<false>(x, numbers, count, residual, y);
+  activate_sums<true>(x, numbers, count, residual, y);
 }
 
-CBF_FOR_EVERY_CPU void activate(const at::Half* x, const float* alpha, const float* inverse,
-                                int64_t count, at::Half* y) {
-  activate_each(x, alpha, inverse, count, y);
+CBF_FOR_EVERY_CPU void activate(const float* x, const Numbers& numbers, int64_t count,
+                                float* residual, float* y) {
+  activate_each(x, numbers, count, residual, y);
 }
 
-CBF_FOR_EVERY_CPU void activate(const at::BFloat16* x, const float* alpha, const float* inverse,
-                                int64_t count, at::BFloat16* y) {
-  activate_each(x, alpha, inverse, count, y);
+CBF_FOR_EVERY_CPU void activate(const at::Half* x, const Numbers& numbers, int64_t count,
+                                at::Half* residual, at::Half* y) {
+  activate_each(x, numbers, count, residual, y);
+}
+
+CBF_FOR_EVERY_CPU void activate(const at::BFloat16* x, const Numbers& numbers, int64_t count,
+                                at::BFloat16* residual, at::BFloat16* y) {
+  activate_each(x, numbers, count, residual, y);
 }
 
 template <typename T>
 void compute(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& inverse,
+             const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& offset,
              at::Tensor& y) {
   const int64_t repeats = std::max<int64_t>(1, kShortest / x.size(-1));
   const at::Tensor own_alpha = alpha.repeat(repeats), own_inverse = inverse.repeat(repeats);
-  const auto *alphas = own_alpha.const_data_ptr<float>(),
-             *inverses = own_inverse.const_data_ptr<float>();
+  const at::Tensor own_offset = offset ? offset->repeat(repeats) : at::zeros_like(own_alpha);
+  const Numbers numbers = {own_alpha.const_data_ptr<float>(), own_inverse.const_data_ptr<float>(),
+                           own_offset.const_data_ptr<float>()};
   const T* from = x.const_data_ptr<T>();
+  T* const sums = residual ? residual->mutable_data_ptr<T>() : nullptr;
   T* to = y.mutable_data_ptr<T>();
   const int64_t all = x.numel(), length = own_alpha.numel();
   const int64_t rows = (all + length - 1) / length;
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / length), [&](int64_t row, int64_t end) {
     for (; row < end; ++row) {
-      const int64_t start = row * length;
-      activate(from + start, alphas, inverses, std::min(length, all - start), to + start);
+      const int64_t start = row * length, count = std::min(length, all - start);
+      activate(from + start, numbers, count, sums == nullptr ? nullptr : sums + start, to + start);
     }
   });
 }
 
-at::Tensor snake(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& inverse) {
-  check_snake(x, alpha, inverse);
+at::Tensor snake(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& inverse,
+                 const std::optional<at::Tensor>& residual,
+                 const std::optional<at::Tensor>& offset) {
+  check_snake(x, alpha, inverse, residual, offset);
   at::Tensor y = at::empty_like(x);
   if (y.numel() == 0) return y;
-  by_type(x.scalar_type(), [&](auto zero) { compute<decltype(zero)>(x, alpha, inverse, y); });
+  by_type(x.scalar_type(),
+          [&](auto zero) { compute<decltype(zero)>(x, alpha, inverse, residual, offset, y); });
   return y;
 }
 

@@ -16,8 +16,10 @@ namespace chatterbox_fast {
 
 namespace {
 
-at::Tensor snake(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& inverse) {
-  check_snake(x, alpha, inverse);
+at::Tensor snake(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor& inverse,
+                 const std::optional<at::Tensor>& residual,
+                 const std::optional<at::Tensor>& offset) {
+  check_snake(x, alpha, inverse, residual, offset);
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   at::Tensor y = at::empty_like(x);
@@ -27,6 +29,8 @@ at::Tensor snake(const at::Tensor& x, const at::Tensor& alpha, const at::Tensor&
     args.x = static_cast<const T*>(x.const_data_ptr());
     args.alpha = alpha.const_data_ptr<float>();
     args.inverse = inverse.const_data_ptr<float>();
+    args.residual = residual ? static_cast<T*>(residual->mutable_data_ptr()) : nullptr;
+    args.offset = offset ? offset->const_data_ptr<float>() : nullptr;
     args.out = static_cast<T*>(y.mutable_data_ptr());
     args.channels = x.size(-1);
     args.rows = args.channels == 0 ? 0 : x.numel() / args.channels;

@@ -26,7 +26,7 @@
 #include <cstdint>
 
 #include "add_norm.h"
-#include "warp.cuh"
+#include "arithmetic.cuh"
 
 namespace chatterbox_fast {
 
@@ -37,23 +37,6 @@ RT_DEVICE float mish_of(float x) {
   const float e = expf(x > 20.0f ? 20.0f : x);
   const float n = e * (e + 2.0f);
   return x * (n / (n + 2.0f));
-}
-
-template <typename T>
-RT_DEVICE float finite(T x) {
-  return rt::to_float(x);
-}
-template <>
-RT_DEVICE float finite(rt::half x) {
-  constexpr float kLargest = 65504.0f;
-  const float wide = rt::to_float(x);
-  return wide > kLargest ? kLargest : wide < -kLargest ? -kLargest : wide;  // NaN is kept
-}
-
-template <int kPack>
-RT_DEVICE Pack<float, kPack> load_numbers(const float* numbers, int pack) {
-  if (numbers == nullptr) return {};
-  return load_pack<kPack>(numbers + static_cast<long long>(pack) * kPack);
 }
 
 // By a warp: the residual's row of x + offset, or what there is of that, a lane's part of it.
@@ -73,7 +56,8 @@ RT_DEVICE void load_row(const AddNormArgs<X, Y>& args, long long row, int packs,
     const auto before = load_numbers<kPack>(residual, pack);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
-      own[e].items[i] = before.items[i] + (finite(given.items[i]) + offset.items[i]);
+      own[e].items[i] =
+          before.items[i] + (finite<X>(rt::to_float(given.items[i])) + offset.items[i]);
     }
     if (residual != nullptr) reinterpret_cast<Pack<float, kPack>*>(residual)[pack] = own[e];
   }
@@ -131,20 +115,15 @@ RT_GLOBAL void RT_LAUNCH_BOUNDS(32 * kAddNormWarps) add_norm_kernel(AddNormArgs<
   }
 }
 
-template <typename T>
-bool in_packs(const T* pointer, int pack) {
-  return reinterpret_cast<uintptr_t>(pointer) % (pack * sizeof(T)) == 0;
-}
-
 // Enqueues the op on `stream`; without elements it is a success without a launch.
 template <typename X, typename Y>
 rt::Error launch_add_norm(const AddNormArgs<X, Y>& args, rt::Stream stream) {
   if (args.rows == 0 || args.channels == 0) return rt::Error{};
   constexpr int kPack = 4;
-  bool packed = in_packs(args.x, kPack) && in_packs(args.y, kPack);
+  bool packed = in_packs<kPack>(args.x) && in_packs<kPack>(args.y);
   for (const float* numbers : {static_cast<const float*>(args.residual), args.weight, args.bias,
                                args.offset, args.shift}) {
-    packed &= in_packs(numbers, kPack);
+    packed &= in_packs<kPack>(numbers);
   }
   for (const long long count :
        {static_cast<long long>(args.channels), args.x_row_stride, args.x_time_stride}) {

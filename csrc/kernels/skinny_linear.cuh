@@ -26,10 +26,10 @@
 // costs memory's latency more than its bandwidth.
 #pragma once
 
+#include "arithmetic.cuh"
 #include "common.cuh"
 #include "runtime.h"
 #include "skinny_linear.h"
-#include "warp.cuh"
 
 namespace chatterbox_fast {
 

@@ -11,6 +11,8 @@ struct SnakeArgs {
   const T* x;
   const float* alpha;
   const float* inverse;
+  T* residual;          // or null
+  const float* offset;  // or null
   T* out;
   long long rows, channels;  // R, C
   // Set by launch_snake:
