@@ -116,6 +116,10 @@ def test_what_is_timed_is_snake(case: str) -> None:
         bench_snake.verify(job, make(job))
     with pytest.raises(AssertionError):
         bench_snake.verify(job, lambda: 1.05 * bench_snake.extension(job)())
+    if job.residual is not None:
+        without_offset = (job.x + job.residual).mT
+        with pytest.raises(AssertionError):
+            bench_snake.verify(job, lambda: job.module(without_offset).mT)
 
 
 @pytest.mark.parametrize("case", bench_add_norm.CASES)
