@@ -490,7 +490,9 @@ def snake(
     if offset is not None:
         z = z + offset
     if residual is not None:
-        z = _finite(residual.to(z.dtype) + z, x.dtype)
+        z = residual.to(z.dtype) + z
+    z = _finite(z, x.dtype)
+    if residual is not None:
         residual.copy_(z)
     y = torch.addcmul(z, torch.sin(z * alpha).square(), inverse)
     return _finite(y, x.dtype).to(x.dtype)
@@ -529,17 +531,19 @@ def add_norm(
         dtype: of the result; None is x's.
 
     Returns:
-        ``(R, T, C)`` contiguous, computed in float32 (float64) and rounded once: the norm over
-        the channels, its Mish if asked for, and the shift.
+        ``(R, T, C)`` contiguous, computed in float32 (float64) and rounded once, in float16 to
+        finite numbers: the norm over the channels, its Mish if asked for, and the shift.
     """
     total = _finite(x.to(weight.dtype), x.dtype)
     if offset is not None:
         total = total + offset
     if residual is not None:
-        total = residual.add_(total)
+        total = residual + total
+        residual.copy_(total)
     y = F.layer_norm(total, weight.shape, weight, bias, eps)
     if mish:
         y = F.mish(y)
     if shift is not None:
         y = y + shift
-    return y.to(dtype or x.dtype)
+    wanted = dtype or x.dtype
+    return _finite(y, wanted).to(wanted)

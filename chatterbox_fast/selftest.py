@@ -189,12 +189,13 @@ def _add_norm(backend: str, device: torch.device) -> Iterator[Case]:
     kernel, normal = ops.add_norm_by(backend), _random(6)
     dtypes = torch.float32, torch.bfloat16, torch.float16
     for channels, x_dtype, dtype in itertools.product((256, 37), dtypes, dtypes):
-        x, residual = normal(2, 11, channels).to(x_dtype)[:, :9], normal(2, 9, channels)
+        longer, residual = normal(2, 11, channels).to(x_dtype), normal(2, 9, channels)
         weight, bias, offset, shift = normal(4, channels)
         for rest in ((residual, None, None), (None, offset, shift)):
             mish = rest[0] is None
-            call = (x, weight, bias, *rest)
+            call = (longer[:, :9], weight, bias, *rest)
             own = [None if each is None else each.to(device, copy=True) for each in call]
+            own[0] = longer.to(device)[:, :9]
             rules: dict[str, Any] = {"eps": 1e-5, "mish": mish, "dtype": dtype}
             what = f"{x_dtype} to {dtype}, {channels} channels"
             yield what, kernel(*own, **rules), reference.add_norm(*call, **rules)

@@ -290,6 +290,19 @@ def test_infinity_in_float16_is_its_largest_number(backend: Any) -> None:
         assert torch.equal(call.residual[:, :4], finite.residual[:, :4])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("channels", [19, 64])
+def test_a_large_result_is_float16s_largest_number(backend: Any, channels: int) -> None:
+    call = a_call((1, 3, channels), PARTS["norm"], dtype=torch.float16)
+    call.weight[::3], call.x[0, 2, 0] = 1e6, math.nan
+    y = call.run(backend=backend)
+    assert y[0, 2].isnan().all()
+    assert y[0, :2].isfinite().all()
+    assert (y[0, :2, ::3].abs() == 65504).any()
+    wide = call._replace(dtype=torch.float32).run(backend=backend)
+    assert wide[:, :2].abs().amax() > 65504
+
+
 @given(
     shape=some.tuples(some.integers(0, 3), some.integers(0, 9), some.integers(0, 300)),
     ahead=some.tuples(*[some.integers(0, 3)] * 6),
@@ -405,6 +418,7 @@ def test_which_implementation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gradients_are_torchs() -> None:
+    """Of two calls, which add to one residual."""
     call = a_call((2, 7, 12))
 
     def gradients(run: Any) -> list[Tensor]:
@@ -412,12 +426,18 @@ def test_gradients_are_torchs() -> None:
         run(own.map(lambda t: t * 1)).sin().sum().backward()
         return [t.grad for t in own[:6]]
 
-    ours = gradients(lambda own: own.run())
+    def twice(own: Call) -> Tensor:
+        return own._replace(x=own.run()).run()
+
+    ours = gradients(twice)
 
     def theirs(own: Call) -> Tensor:
-        total = own.residual + (own.x + own.offset)
-        y = nn.functional.layer_norm(total, own.weight.shape, own.weight, own.bias, EPS)
-        return nn.functional.mish(y) + own.shift
+        total, y = own.residual, own.x
+        for _ in range(2):
+            total = total + (y + own.offset)
+            y = nn.functional.layer_norm(total, own.weight.shape, own.weight, own.bias, EPS)
+            y = nn.functional.mish(y) + own.shift
+        return y
 
     for one, other in zip(ours, gradients(theirs), strict=True):
         torch.testing.assert_close(one, other)

@@ -127,6 +127,15 @@ def test_infinity_in_float16_is_its_largest_number() -> None:
         assert y[:, 4].isnan().all()
 
 
+@pytest.mark.parametrize("channels", [19, 64])
+def test_a_large_result_is_float16s_largest_number(channels: int) -> None:
+    call = a_call((1, 2, channels), PARTS["norm"], dtype=torch.float16)
+    call.weight[::3] = 1e6
+    y = by_kernel(call)
+    assert y.isfinite().all()
+    assert (y[0, :, ::3].abs() == 65504).any()
+
+
 @pytest.mark.parametrize("order", build.ORDERS)
 @pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[4], PAIRS[8]], ids=str)
 def test_address_and_undefined_behaviour_sanitizers(pair: Any, order: Any) -> None:

@@ -22,7 +22,8 @@ from chatterbox_fast.s3gen import bucket as buckets
 from chatterbox_fast.s3gen import engine as engines
 from chatterbox_fast.s3gen.bucket import Bucket, Flow, bucket_for
 from chatterbox_fast.s3gen.encoder import encode
-from chatterbox_fast.s3gen.engine import FlowEngine
+from chatterbox_fast.s3gen.engine import FlowEngine, VocoderEngine
+from chatterbox_fast.s3gen.vocoder import decode
 
 pytestmark = pytest.mark.usefixtures("_inference")
 
@@ -349,6 +350,27 @@ def test_a_graph_is_what_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.mel(*own, 10)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_without_cudnn_it_is_the_same() -> None:
+    """Its convolutions leave their output in another order than cuDNN's."""
+    s3gen = rough_s3gen()
+    case = inputs(9, 4)
+    expected = FlowEngine(s3gen.flow, Options()).mel(*case, 2)
+    mel = torch.randn(1, 3, 80, generator=torch.Generator().manual_seed(1))
+    excitation = 0.1 * torch.randn(1, 1, 3 * 480, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        wave = decode(VocoderEngine(s3gen.mel2wav, Options()).weights, mel, excitation)
+        s3gen.cuda()
+        with torch.backends.cudnn.flags(enabled=False):
+            engine = FlowEngine(s3gen.flow, Options.of(precision="exact"))
+            found = engine.mel(*(each.cuda() for each in case), 2)
+            assert engine.eager_because is None
+            weights = VocoderEngine(s3gen.mel2wav, Options.of(precision="exact")).weights
+            ours = decode(weights, mel.cuda(), excitation.cuda())
+    assert relative(found.cpu(), expected) < 1e-5
+    assert relative(ours.cpu(), wave) < 1e-4
 
 
 @pytest.mark.gpu

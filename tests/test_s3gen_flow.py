@@ -62,6 +62,18 @@ def test_error_is_stocks_or_less(s3gen: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert stocks < 1e-5
 
 
+def test_convolutions_may_have_no_bias(s3gen: Any) -> None:
+    odd, arguments = copy.deepcopy(s3gen), utterance()
+    estimator = odd.flow.decoder.estimator
+    for block in (estimator.down_blocks[0][0].block1, estimator.mid_blocks[0][0].block2):
+        block.block[0].bias = None
+    expected = mel(odd, arguments)
+    engine = Engine(odd)
+    assert engine.rows()[0].runs == "engine, exact"
+    with engine:
+        assert relative(mel(odd, arguments), expected) < 1e-5
+
+
 def test_every_input_reaches_the_mel(s3gen: Any) -> None:
     arguments = utterance()
     with Engine(s3gen):

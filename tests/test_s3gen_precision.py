@@ -115,8 +115,9 @@ def test_the_audio_is_no_further_off_than_stocks_under_autocast(
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("scale", [0.0, 1e4, 1e5])
+@pytest.mark.parametrize("by", ["reference", "extension"])
 def test_extreme_inputs_stay_finite(
-    s3gen: Any, dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch
+    s3gen: Any, by: str, dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain: Callable[..., Any] = utterance
 
@@ -125,10 +126,11 @@ def test_extreme_inputs_stay_finite(
         return own | {"prompt_feat": scale * own["prompt_feat"]}
 
     monkeypatch.setitem(our_mel.__globals__, "utterance", loud)
-    mel = our_mel(s3gen.flow, dtype, 3)
+    mel = our_mel(s3gen.flow, dtype, 3, by)
     assert torch.isfinite(mel).all()
     mel = scale * torch.randn(1, 8, 80)
-    wave = decode(pack_vocoder(s3gen.mel2wav, dtype), mel, torch.randn(1, 1, 8 * 480))
+    vocoder = pack_vocoder(s3gen.mel2wav, dtype, snake=by)
+    wave = decode(vocoder, mel, torch.randn(1, 1, 8 * 480))
     assert torch.isfinite(wave).all()
     assert wave.abs().max() <= 0.99
 

@@ -223,6 +223,15 @@ def test_an_add_norm_that_forgets_the_sum(broken: Any) -> None:
     assert "the residual of torch.float32" in chosen("add_norm").reason
 
 
+def test_an_add_norm_that_ignores_strides(broken: Any) -> None:
+    def dense(right: Any, x: Tensor, *arguments: Any, **how: Any) -> Tensor:
+        _, times, channels = x.shape
+        return right(x.as_strided(x.shape, (times * channels, channels, 1)), *arguments, **how)
+
+    broken("add_norm", dense)
+    assert "wrong on this machine" in chosen("add_norm").reason
+
+
 def test_norms_wider_than_the_kernels_take() -> None:
     for channels, backend in ((1024, "extension"), (1025, "reference")):
         found = selftest.choose_add_norm(channels, CPU, "auto", torch.float32)

@@ -198,6 +198,21 @@ def test_nothing_becomes_infinite_in_float16(backend: Any, channels: int) -> Non
     assert ops.snake(x[:2], alpha, inverse, backend=backend).isfinite().all()
 
 
+def offset_overflows(channels: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """A call whose sum is held although it has no residual, and the result."""
+    x = torch.full((2, channels), -65504, dtype=torch.float16)
+    alpha, inverse = torch.full((channels,), 0.013), torch.full((channels,), 1000.0)
+    call = x, alpha, inverse, None, torch.full((channels,), -90.0)
+    return call, held(reference.snake(x.float(), alpha, inverse), torch.float16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("channels", [19, 64])
+def test_a_sum_with_an_offset_alone_is_held(backend: Any, channels: int) -> None:
+    call, expected = offset_overflows(channels)
+    torch.testing.assert_close(ops.snake(*call, backend=backend), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_half_is_read_and_written_as_it_is(dtype: torch.dtype) -> None:
     """Subnormal ones among them. NaN is NaN; infinity, too, as its sine is, but in float16."""
@@ -302,20 +317,26 @@ def test_frequencies_without_an_inverse(backend: Any) -> None:
 @given(
     shape=some.lists(some.integers(0, 12), max_size=3),
     channels=some.integers(0, 600),
-    ahead=some.tuples(*[some.integers(0, 3)] * 3),
+    ahead=some.tuples(*[some.integers(0, 3)] * 5),
+    sums=some.sampled_from(((False, False), *SUMS)),
     dtype=some.sampled_from(FLOATING),
     backend=some.sampled_from(BACKENDS),
 )
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 def test_any_shape_at_any_address(
-    shape: list[int], channels: int, ahead: tuple[int, int, int], dtype: torch.dtype, backend: Any
-) -> None:
+    shape: list[int], channels: int, ahead: tuple[int, ...], sums: tuple[bool, bool],
+    dtype: torch.dtype, backend: Any,
+) -> None:  # fmt: skip
     x, alpha = noise((*shape, channels), dtype), trained(channels)
-    own = x, alpha, inverse_of(alpha)
-    moved = [further(t, by) for t, by in zip(own, ahead, strict=True)]
+    residual = noise((*shape, channels), dtype, seed=1) if sums[0] else None
+    offset = noise((channels,), seed=2) if sums[1] else None
+    own = x, alpha, inverse_of(alpha), residual, offset
+    moved = [None if t is None else further(t, by) for t, by in zip(own, ahead, strict=True)]
     y = ops.snake(*moved, backend=backend)
-    check_stocks(y, x, alpha)
+    if not any(sums):
+        check_stocks(y, x, alpha)
     assert torch.equal(y, ops.snake(*own, backend=backend))
+    assert residual is None or torch.equal(moved[3], residual)
 
 
 def further(tensor: Tensor, by: int) -> Tensor:
@@ -330,14 +351,18 @@ def test_the_same_bits_by_any_number_of_threads_and_for_a_row_alone(
     threads: Any, channels: int, dtype: torch.dtype
 ) -> None:
     x, alpha = noise((200000 // channels, channels), dtype), trained(channels)
-    results = []
-    for count in (1, 2, 3, 1):
-        threads(count)
-        results.append(ops.snake(x, alpha, inverse_of(alpha)))
-    assert all(torch.equal(y, results[0]) for y in results)
-    for row in (0, 7, len(x) - 1):
-        alone = ops.snake(x[row].clone(), alpha, inverse_of(alpha))
-        assert torch.equal(alone, results[0][row])
+    residual = noise(x.shape, dtype, seed=1)
+    for sums in (False, True):
+        results = []
+        for count in (1, 2, 3, 1):
+            threads(count)
+            rest = (residual.clone(), alpha) if sums else ()
+            results.append(ops.snake(x, alpha, inverse_of(alpha), *rest))
+        assert all(torch.equal(y, results[0]) for y in results)
+        for row in (0, 7, len(x) - 1):
+            rest = (residual[row].clone(), alpha) if sums else ()
+            alone = ops.snake(x[row].clone(), alpha, inverse_of(alpha), *rest)
+            assert torch.equal(alone, results[0][row])
 
 
 ZEROS = torch.zeros(2, 4)

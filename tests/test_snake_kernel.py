@@ -19,6 +19,7 @@ from test_snake import (
     held,
     inverse_of,
     noise,
+    offset_overflows,
     summed,
     ties,
     trained,
@@ -99,6 +100,12 @@ def test_nothing_becomes_infinite_in_float16(channels: int) -> None:
     assert residual[0, 0] == residual[1, 0] == -residual[2, 0] == 65504
 
 
+@pytest.mark.parametrize("channels", [19, 64])
+def test_a_sum_with_an_offset_alone_is_held(channels: int) -> None:
+    call, expected = offset_overflows(channels)
+    torch.testing.assert_close(by_kernel(*call), expected)
+
+
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize(
     "ahead",
@@ -174,8 +181,11 @@ def test_address_and_undefined_behaviour_sanitizers(dtype: torch.dtype, order: A
 @pytest.mark.parametrize("shape", FEW[:3], ids=str)
 def test_thread_sanitizer(shape: tuple[int, ...]) -> None:
     x, alpha = noise(shape), trained(shape[-1])
-    y = by_kernel(x, alpha, inverse_of(alpha), variant="tsan", order="shuffled", seed=3)
-    assert torch.equal(y, by_kernel(x, alpha, inverse_of(alpha)))
+    for offset in (None, alpha):
+        sums = [None if offset is None else noise(shape, seed=1) for _ in range(2)]
+        call = x, alpha, inverse_of(alpha)
+        y = by_kernel(*call, sums[0], offset, variant="tsan", order="shuffled", seed=3)
+        assert torch.equal(y, by_kernel(*call, sums[1], offset))
 
 
 # ---- nvcc
@@ -184,16 +194,18 @@ def test_thread_sanitizer(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nvcc_compiles_it_without_a_warning(arch: str, tmp_path: Path) -> None:
     entries, ptx = compile_kernels(KERNELS / "snake.cu", arch, tmp_path)
-    assert len(entries) == 3 * 2, "in packs or not"
+    assert len(entries) == 3 * 2 * 2, "in packs or not, of a sum or not"
     assert "sin.approx" not in ptx, "which is of no use for large arguments"
-    for kernel in (text for text in ptx.split(".entry ")[1:] if "Li1EEE" not in text):
+    for kernel in (text for text in ptx.split(".entry ")[1:] if "Li1E" not in text):
         stores = re.findall(r"st\.global[\w.]*", kernel)
-        assert len(stores) == 2 * EACH, "of the residual and of y"
+        sums = "Lb1E" in kernel.partition("(")[0]
+        assert len(stores) == (1 + sums) * EACH, "of y and the residual"
         assert all(".v4." in each for each in stores), "16 bytes at a time"
         assert "st.global.u16" not in kernel
         assert len(re.findall(r"ld\.global\.v4", kernel)) >= EACH + 2, "of x, alpha and inverse"
     for entry in entries if arch in ("89", "90") else ():
         assert entry.shared == 0
         assert entry.spilled == 0
-        most = 64 if "kernelIf" in entry.name else 80
-        assert entry.registers <= most, "four blocks a multiprocessor, three of half precision"
+        halves_sum = "Lb1E" in entry.name and "kernelIf" not in entry.name
+        most = 80 if halves_sum else 64
+        assert entry.registers <= most, "four blocks a multiprocessor; of that three"

@@ -21,6 +21,7 @@ from test_snake import (
     held,
     inverse_of,
     noise,
+    offset_overflows,
     summed,
     trained,
 )
@@ -76,6 +77,11 @@ def test_nothing_becomes_infinite_in_float16(interpreted: Any) -> None:
     y = interpreted(x, alpha, inverse, residual)
     assert y.isfinite().all()
     assert residual[0, 0] == residual[1, 0] == -residual[2, 0] == 65504
+
+
+def test_a_sum_with_an_offset_alone_is_held(interpreted: Any) -> None:
+    call, expected = offset_overflows(19)
+    torch.testing.assert_close(interpreted(*call), expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -6,7 +6,7 @@
 Equivalent to: chatterbox_fast/reference.py, ``add_norm``.
 
 Arithmetic: float32 for every dtype; the variance is one of squares of what differs from the mean;
-half precision is rounded once, at the end.
+half precision is rounded once, at the end; float16 to finite numbers.
 
 Expected bound: bytes, each read and written once.
 """
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import checks
+from .arithmetic import finite
 
 _must = functools.partial(checks.must, "add_norm")
 
@@ -34,7 +35,7 @@ LAUNCH = {"num_warps": 4}
 @triton.jit(do_not_specialize=["rows", "times", "eps"])
 def add_norm_kernel(
     x, weight, bias, residual, offset, shift, y, rows, times, row_stride, time_stride, channels,
-    eps, MISH: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    eps, MISH: tl.constexpr, TO_HALF: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of all channels. CHANNELS: channels, or more."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -43,8 +44,7 @@ def add_norm_kernel(
     wanted = (row < rows)[:, None] & is_channel[None, :]
     start = row // times * row_stride + row % times * time_stride
     total = tl.load(x + start[:, None] + channel[None, :], mask=wanted, other=0).to(tl.float32)
-    if x.dtype.element_ty == tl.float16:  # infinity is its largest number, NaN is kept
-        total = tl.where(total > 65504, 65504, tl.where(total < -65504, -65504, total))
+    total = finite(total, x.dtype.element_ty == tl.float16)
     place = row[:, None] * channels + channel[None, :]
     if offset is not None:
         total += tl.load(offset + channel, mask=is_channel, other=0)[None, :]
@@ -62,7 +62,7 @@ def add_norm_kernel(
         own *= n / (n + 2)
     if shift is not None:
         own += tl.load(shift + channel, mask=is_channel, other=0)[None, :]
-    tl.store(y + place, own.to(y.dtype.element_ty), mask=wanted)
+    tl.store(y + place, finite(own, TO_HALF).to(y.dtype.element_ty), mask=wanted)
 
 
 def add_norm(
@@ -101,7 +101,8 @@ def add_norm(
     with torch.cuda.device_of(x):
         add_norm_kernel[(triton.cdiv(rows, deep),)](
             x, weight, bias, residual, offset, shift, y, rows, x.shape[1], x.stride(0), x.stride(1),
-            channels, eps, MISH=mish, ROWS=deep, CHANNELS=wide, **LAUNCH,
+            channels, eps, MISH=mish, TO_HALF=wanted == torch.float16, ROWS=deep, CHANNELS=wide,
+            **LAUNCH,
         )  # fmt: skip
     return y.to(wanted)
 

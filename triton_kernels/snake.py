@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import checks
+from .arithmetic import finite
 
 _must = functools.partial(checks.must, "snake")
 
@@ -28,14 +29,6 @@ _FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 ELEMENTS, MOST_CHANNELS = 1024, 128
 """Of a program: all of them, and how many lie side by side at most."""
 LAUNCH = {"num_warps": 4}
-
-
-@triton.jit
-def _finite(value, like):
-    """Of float16, without infinities; NaN is kept."""
-    if like.dtype.element_ty == tl.float16:
-        value = tl.where(value > 65504, 65504, tl.where(value < -65504, -65504, value))
-    return value
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -52,14 +45,17 @@ def snake_kernel(
     own_inverse = tl.load(inverse + channel, mask=is_channel, other=0)
     place = row[:, None] * channels + channel[None, :]
     wanted = (row < rows)[:, None] & is_channel[None, :]
-    own = _finite(tl.load(x + place, mask=wanted, other=0).to(tl.float32), x)
+    half = x.dtype.element_ty == tl.float16
+    own = finite(tl.load(x + place, mask=wanted, other=0).to(tl.float32), half)
     if offset is not None:
         own += tl.load(offset + channel, mask=is_channel, other=0)[None, :]
     if residual is not None:
-        own = _finite(own + tl.load(residual + place, mask=wanted, other=0).to(tl.float32), x)
+        own += tl.load(residual + place, mask=wanted, other=0).to(tl.float32)
+    own = finite(own, half)
+    if residual is not None:
         tl.store(residual + place, own.to(residual.dtype.element_ty), mask=wanted)
     sine = tl.sin(own_alpha[None, :] * own)
-    total = _finite(own + sine * sine * own_inverse[None, :], x)
+    total = finite(own + sine * sine * own_inverse[None, :], half)
     tl.store(y + place, total.to(y.dtype.element_ty), mask=wanted)
 
 

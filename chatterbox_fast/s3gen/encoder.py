@@ -203,7 +203,7 @@ def encode(weights: EncoderWeights, tokens: Tensor, lengths: Tensor | None = Non
         late_pads = pads.repeat_interleave(2, dim=1)
         x = x.masked_fill(pads[..., None], 0)
     seen = F.leaky_relu(weights.ahead(x)[:, -length:], inplace=True)
-    x = weights.behind(seen)[:, :length] + x
+    x = x + weights.behind(seen)[:, :length]  # in the order of x, whatever the convolution's
     x = added(x, weights.before(x, pads), weights.upsample.weight.dtype)
     x = weights.upsample(x)[:, :length].unflatten(-1, (2, -1)).flatten(1, 2)
     x = weights.after.embedded(x)

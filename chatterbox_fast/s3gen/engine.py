@@ -37,11 +37,11 @@ from .flow import (
     TimeTable,
     compiled_blocks,
     condition,
+    for_compiler,
     pack_flow,
     solve,
     time_table,
 )
-from .layers import without_onednn
 from .vocoder import decode, pack_vocoder
 
 TABLES = 4
@@ -49,7 +49,6 @@ TABLES = 4
 BUCKETS = 24
 """Captured sizes that are kept, as many as there are for one number of steps: 2 to 20 s of audio
 after a prompt of 10 s are eight already. What they compute on the way they share."""
-COMPILED = "torch.compile fuses it with what is around it"
 
 
 class FlowEngine:
@@ -77,12 +76,12 @@ class FlowEngine:
             _widest_norm(flow), self.device, options.backend, weight.dtype
         )
         self.encoder = pack_encoder(flow, narrow, self.add_norm.backend)
-        if options.compile:
-            self.add_norm = Choice("reference", COMPILED)
         kernels = Kernels(self.padded.backend, self.add_norm.backend)
         self.solver = pack_flow(flow.decoder, narrow, kernels)
         if options.compile:
-            self.solver = without_onednn(self.solver)
+            self.solver = for_compiler(self.solver)
+            why = f"{self.add_norm.reason}; in compiled blocks torch.compile fuses torch's own"
+            self.add_norm = self.add_norm._replace(reason=why)
         self.blocks = compiled_blocks() if options.compile else EAGER
         self.eager_because = why_no_graph(self.device)
         self._pool = self._new_pool()
@@ -222,7 +221,7 @@ class VocoderEngine:
         narrow = None if dtype == weight.dtype else dtype
         self.snake = selftest.choose("snake", self.device, options.backend, dtype)
         if options.compile:
-            self.snake = Choice("reference", COMPILED)
+            self.snake = Choice("reference", "torch.compile fuses it with what is around it")
         # The spectrum is float32 whatever the precision.
         self.istft = selftest.choose("istft", self.device, options.backend, weight.dtype)
         self.weights = pack_vocoder(

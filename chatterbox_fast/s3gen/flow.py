@@ -27,11 +27,14 @@ from .layers import (
     SequenceConv,
     added,
     attention,
+    detached,
     full_conv,
     in_dtype,
+    in_plain_torch,
     linear,
     merged,
     norm,
+    without_onednn,
 )
 
 
@@ -243,6 +246,14 @@ def pack_flow(
     return in_dtype(weights, dtype)._replace(**{name: getattr(weights, name) for name in first})
 
 
+def for_compiler(weights: FlowWeights) -> FlowWeights:
+    """The same, in plain torch where `compiled_blocks` run it."""
+    down = weights.down._replace(transformers=in_plain_torch(weights.down.transformers))
+    return without_onednn(weights)._replace(
+        down=down, middle=in_plain_torch(weights.middle), up=in_plain_torch(weights.up)
+    )
+
+
 def _stage(block: Any, kernels: Kernels) -> Stage:
     return Stage(
         _resnet(block[0], kernels), tuple(_transformer(each, kernels) for each in block[1])
@@ -261,7 +272,7 @@ def _resnet(module: Any, kernels: Kernels) -> Resnet:
 
 
 def _activation(block: Any, kernels: Kernels) -> Activation:
-    return Activation(block[0].bias.detach(), norm(block[2], kernels.add_norm))
+    return Activation(detached(block[0].bias), norm(block[2], kernels.add_norm))
 
 
 def _transformer(module: Any, kernels: Kernels) -> Transformer:

@@ -3,7 +3,7 @@
 Sequences are ``(B, T, C)``, channels last, so that no layer transposes what the next one reads.
 A layer whose matrix is in half precision takes its input to that, and its output is in that too;
 norms, and what the flow's residuals are added to, stay in float32 (or whatever the model's own
-dtype is). In float16 nothing becomes infinite.
+dtype is). In float16 an infinity goes no further than from a product to the op that reads it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Linear(NamedTuple):
     Attributes:
         weight: ``(N, K)``.
         bias: ``(N,)`` or None.
-        onednn: whether oneDNN runs it, which applies GELU and residual within the matrix product;
-            else they are operations of their own.
+        onednn: whether oneDNN runs it, which applies an activation within the matrix product; else
+            that is an operation of its own.
     """
 
     weight: Tensor
@@ -85,13 +85,11 @@ class Norm(NamedTuple):
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The norm of ``(B, T, C)``, in `dtype` or the weight's."""
-        return self._apply(x, dtype=dtype)
+        return self._of(x, dtype)
 
     def of_sum(self, x: Tensor, part: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The norm of ``x + part`` in `dtype`; `part` is added to x, in place. None is no part."""
-        if part is None:
-            return self._apply(x, dtype=dtype)
-        return self._apply(part, x, dtype=dtype)
+        return self._of(x, dtype) if part is None else self._of(part, dtype, residual=x)
 
     def mish(
         self, x: Tensor, offset: Tensor | None, shift: Tensor | None, dtype: torch.dtype | None
@@ -99,13 +97,11 @@ class Norm(NamedTuple):
         """``mish(norm(x + offset)) + shift``, in `dtype` or the weight's."""
         # A convolution without cuDNN or oneDNN leaves it in another order.
         x = x if x.stride(-1) == 1 else x.contiguous()
-        return self._apply(x, None, offset, shift, mish=True, dtype=dtype)
+        return self._of(x, dtype, offset=offset, shift=shift, mish=True)
 
-    def _apply(self, *arguments: Tensor | None, dtype: torch.dtype | None, **how: bool) -> Tensor:
-        x, *rest = arguments
-        return ops.add_norm_by(self.by)(
-            x, self.weight, self.bias, *rest, eps=self.eps, dtype=dtype or self.weight.dtype, **how
-        )
+    def _of(self, x: Tensor, dtype: torch.dtype | None, **parts: Any) -> Tensor:
+        kernel, dtype = ops.add_norm_by(self.by), dtype or self.weight.dtype
+        return kernel(x, self.weight, self.bias, eps=self.eps, dtype=dtype, **parts)
 
 
 def added(x: Tensor, part: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,7 +130,7 @@ class SequenceConv(NamedTuple):
         return saturated(self.unbounded(x))
 
     def unbounded(self, x: Tensor) -> Tensor:
-        """The same, in which infinity is left: `add_norm` takes it for the largest number."""
+        """The same, in which infinity is left: the next op takes it for the largest number."""
         out = F.conv2d(
             _image(narrowed(x, self.weight.dtype)), self.weight, self.bias,
             (1, self.stride), (0, self.padding), (1, self.dilation),
@@ -181,11 +177,17 @@ def _sequence(image: Tensor) -> Tensor:
 Layers = TypeVar("Layers", bound=tuple[Any, ...])
 
 
-def each_layer(layers: Layers, change: Callable[[Any], Any]) -> Layers:
-    """The same structure with every layer that has a matrix changed; norms and tables stay."""
-    if isinstance(layers, (Linear, SequenceConv, SequenceConvTranspose)):
+def each_layer(
+    layers: Layers,
+    change: Callable[[Any], Any],
+    kinds: tuple[type, ...] = (Linear, SequenceConv, SequenceConvTranspose),
+) -> Layers:
+    """The same structure with every layer of `kinds`, those that have a matrix, changed."""
+    if isinstance(layers, kinds):
         return change(layers)
-    parts = (each_layer(part, change) if isinstance(part, tuple) else part for part in layers)
+    parts = (
+        each_layer(part, change, kinds) if isinstance(part, tuple) else part for part in layers
+    )
     return type(layers)(parts) if type(layers) is tuple else type(layers)(*parts)
 
 
@@ -203,9 +205,13 @@ def in_dtype(layers: Layers, dtype: torch.dtype) -> Layers:
 
 def without_onednn(layers: Layers) -> Layers:
     """The same layers in plain torch, which torch.compile and fake tensors look into."""
-    return each_layer(
-        layers, lambda layer: layer._replace(onednn=False) if isinstance(layer, Linear) else layer
-    )
+    return each_layer(layers, lambda layer: layer._replace(onednn=False), (Linear,))
+
+
+def in_plain_torch(layers: Layers) -> Layers:
+    """The same layers without ops of ours, but for attention, for torch.compile to fuse."""
+    layers = each_layer(layers, lambda layer: layer._replace(by="reference"), (Norm,))
+    return without_onednn(layers)
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -240,7 +246,7 @@ def attention(qkv: Tensor, heads: int, lengths: Tensor | None = None, by: str = 
 def linear(module: Any) -> Linear:
     """A linear layer, or a convolution of width 1, with its own parameters."""
     weight = module.weight.detach().flatten(1)
-    return Linear(weight, _detached(module.bias), has_onednn(weight))
+    return Linear(weight, detached(module.bias), has_onednn(weight))
 
 
 def merged(weights: Sequence[Tensor], bias: Tensor | None = None) -> Linear:
@@ -271,14 +277,14 @@ def full_conv(weight: Tensor, bias: Tensor | None) -> SequenceConv:
     The first T rows are the causal convolution, the last T the one that looks ahead. The surplus
     costs less than to copy x into a padded tensor.
     """
-    return SequenceConv(_image_weight(weight), _detached(bias), weight.shape[-1] - 1)
+    return SequenceConv(_image_weight(weight), detached(bias), weight.shape[-1] - 1)
 
 
 def sequence_conv(module: Any) -> SequenceConv:
     """A Conv1d, its weight norm folded. Some of stock's strides are NumPy's: no compiler's ints."""
     return SequenceConv(
         _image_weight(module.weight),
-        _detached(module.bias),
+        detached(module.bias),
         *(int(size[0]) for size in (module.padding, module.stride, module.dilation)),
     )
 
@@ -287,7 +293,7 @@ def sequence_conv_transpose(module: Any) -> SequenceConvTranspose:
     """A ConvTranspose1d, its weight norm folded."""
     return SequenceConvTranspose(
         _image_weight(module.weight),
-        _detached(module.bias),
+        detached(module.bias),
         *(int(size[0]) for size in (module.padding, module.stride)),
     )
 
@@ -296,5 +302,6 @@ def _image_weight(weight: Tensor) -> Tensor:
     return weight.detach().unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
 
-def _detached(tensor: Tensor | None) -> Tensor | None:
+def detached(tensor: Tensor | None) -> Tensor | None:
+    """`tensor`, if there is one, outside of autograd's graph."""
     return None if tensor is None else tensor.detach()

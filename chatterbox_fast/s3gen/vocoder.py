@@ -64,11 +64,11 @@ class ResBlock(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """``(B, T, C)``, as x, which may be changed."""
         x = x.contiguous()
-        part: Tensor | None = None
-        for snake1, conv1, snake2, conv2 in self.layers:
-            inner = conv1.unbounded(snake1(x) if part is None else snake1(part, x))
-            part = conv2.unbounded(snake2(inner))
-        return x if part is None else saturated(x.add_(part))
+        (snake1, conv1, snake2, conv2), *others = self.layers
+        part = conv2.unbounded(snake2(conv1.unbounded(snake1(x))))
+        for snake1, conv1, snake2, conv2 in others:
+            part = conv2.unbounded(snake2(conv1.unbounded(snake1(part, x))))
+        return saturated(x.add_(part))
 
 
 class Upsampling(NamedTuple):

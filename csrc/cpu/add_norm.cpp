@@ -104,8 +104,13 @@ CBF_INLINE void widen_each(const T* x, int64_t count, float* row) {
 template <typename T>
 CBF_INLINE void narrow_each(const float* row, int64_t count, T* y) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) narrow(load<Floats>(row + i), y + i);
-  for (; i < count; ++i) y[i] = row[i];
+  for (; i + kLanes <= count; i += kLanes) narrow(finite<T>(load<Floats>(row + i)), y + i);
+  if (i == count) return;
+  float own[kLanes] = {};
+  std::copy(row + i, row + count, own);
+  T few[kLanes];
+  narrow(finite<T>(load<Floats>(own)), few);
+  std::copy(few, few + (count - i), y + i);
 }
 
 CBF_FOR_EVERY_CPU void widen(const at::Half* x, int64_t count, float* row) {

@@ -55,10 +55,9 @@ template <bool kSum, typename T>
 CBF_INLINE void activate_vector(const T* x, const Numbers& numbers, int64_t place, T* residual,
                                 T* y) {
   Floats z = finite<T>(floats_of(x)) + load<Floats>(numbers.offset + place);
-  if (kSum) {
-    z = finite<T>(floats_of(residual) + z);
-    narrow(z, residual);
-  }
+  if (kSum) z = floats_of(residual) + z;
+  z = finite<T>(z);
+  if (kSum) narrow(z, residual);
   const Floats sine = squared_sine(load<Floats>(numbers.alpha + place) * z);
   narrow(finite<T>(z + sine * load<Floats>(numbers.inverse + place)), y);
 }

@@ -12,8 +12,8 @@
 // finite: of half, an infinity is the largest number, 65504, as what overflowed in a product would
 // else be NaN from here on; of other types x itself.
 // Arithmetic: float for every type. The mean is a sum in float, the variance one of squares of what
-// differs from it; half precision is rounded once, at the end. Mish by expf and one division. A NaN
-// or an infinity makes its own row NaN, and no other one.
+// differs from it; half precision is rounded once, at the end, half to finite numbers. Mish by expf
+// and one division. A NaN or an infinity of z makes its own row NaN, and no other one.
 //
 // Launch: a warp has a row, whose channels stay in its registers from the first load to the last
 // store; a block has kAddNormWarps rows. A lane reads four neighbours at a time where C, strides
@@ -109,7 +109,7 @@ RT_GLOBAL void RT_LAUNCH_BOUNDS(32 * kAddNormWarps) add_norm_kernel(AddNormArgs<
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
       const float n = (own[e].items[i] - mean) * scale * weight.items[i] + bias.items[i];
-      out.items[i] = rt::from_float<Y>((args.mish ? mish_of(n) : n) + shift.items[i]);
+      out.items[i] = rt::from_float<Y>(finite<Y>((args.mish ? mish_of(n) : n) + shift.items[i]));
     }
     y[pack] = out;
   }

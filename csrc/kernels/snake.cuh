@@ -39,7 +39,7 @@ RT_DEVICE float snake_of(float x, float alpha, float inverse) {
   return x + sine * sine * inverse;
 }
 
-template <typename T, int kPack>
+template <typename T, int kPack, bool kSum>
 RT_GLOBAL void RT_LAUNCH_BOUNDS(kSnakeThreads) snake_kernel(SnakeArgs<T> args) {
   const int deep = blockDim.x / args.wide;  // rows that a block makes at a time
   const long long tile = blockIdx.x % args.tiles, group = blockIdx.x / args.tiles;
@@ -49,13 +49,13 @@ RT_GLOBAL void RT_LAUNCH_BOUNDS(kSnakeThreads) snake_kernel(SnakeArgs<T> args) {
   const auto inverse = load_pack<kPack>(args.inverse + column * kPack);
   const auto offset = load_numbers<kPack>(args.offset, column);
   const long long first = group * deep * kSnakeEach + threadIdx.x / args.wide;
-  Pack<T, kPack> packs[kSnakeEach] = {}, before[kSnakeEach] = {};
+  Pack<T, kPack> packs[kSnakeEach] = {}, sums[kSnakeEach] = {};
 #pragma unroll
   for (int e = 0; e < kSnakeEach; ++e) {
     const long long row = first + e * deep, place = row * args.packs + column;
     if (row >= args.rows) continue;
     packs[e] = load_pack<kPack>(args.x + place * kPack);
-    if (args.residual != nullptr) before[e] = load_pack<kPack>(args.residual + place * kPack);
+    if (kSum) sums[e] = load_pack<kPack>(args.residual + place * kPack);
   }
 #pragma unroll
   for (int e = 0; e < kSnakeEach; ++e) {
@@ -63,17 +63,16 @@ RT_GLOBAL void RT_LAUNCH_BOUNDS(kSnakeThreads) snake_kernel(SnakeArgs<T> args) {
     if (row >= args.rows) return;
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
-      const float x = finite<T>(rt::to_float(packs[e].items[i])) + offset.items[i];
-      const float z = finite<T>(rt::to_float(before[e].items[i]) + x);
-      before[e].items[i] = rt::from_float<T>(z);
+      float z = finite<T>(rt::to_float(packs[e].items[i])) + offset.items[i];
+      if (kSum) z = rt::to_float(sums[e].items[i]) + z;
+      z = finite<T>(z);
+      sums[e].items[i] = rt::from_float<T>(z);
       const float y = snake_of(z, alpha.items[i], inverse.items[i]);
       packs[e].items[i] = rt::from_float<T>(finite<T>(y));
     }
     // Counted in packs: of a sum of elements nvcc does not see that it is aligned, and stores
     // singly.
-    if (args.residual != nullptr) {
-      reinterpret_cast<Pack<T, kPack>*>(args.residual)[place] = before[e];
-    }
+    if (kSum) reinterpret_cast<Pack<T, kPack>*>(args.residual)[place] = sums[e];
     reinterpret_cast<Pack<T, kPack>*>(args.out)[place] = packs[e];
   }
 }
@@ -86,7 +85,9 @@ rt::Error launch_snake_in_packs(SnakeArgs<T> args, rt::Stream stream) {
   const int deep = kSnakeThreads / args.wide;
   const long long groups = (args.rows + deep * kSnakeEach - 1) / (deep * kSnakeEach);
   const auto grid = static_cast<unsigned>(groups * args.tiles);
-  return rt::launch(&snake_kernel<T, kPack>, grid, deep * args.wide, 0, stream, args);
+  const bool sum = args.residual != nullptr;
+  return rt::launch(sum ? &snake_kernel<T, kPack, true> : &snake_kernel<T, kPack, false>, grid,
+                    deep * args.wide, 0, stream, args);
 }
 
 // Enqueues the op on `stream`; without elements it is a success without a launch.

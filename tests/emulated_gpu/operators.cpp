@@ -265,12 +265,14 @@ at::Tensor enqueue_into(const at::Tensor& out, const char* op, const Stack& argu
 }
 
 // As cuDNN is called: channels last where an argument is, and the bias in a pass of its own.
+// Without cuDNN neither.
 at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
                        at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
                        at::IntArrayRef output_padding, int64_t groups) {
-  const bool last = x.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
-                    weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  const bool cudnn = at::globalContext().userEnabledCuDNN();
+  const bool last = cudnn && (x.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
+                              weight.suggest_memory_format() == at::MemoryFormat::ChannelsLast);
   at::Tensor shape;
   {
     const Alone alone;
@@ -280,10 +282,10 @@ at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight,
   const at::Tensor out =
       at::empty(shape.sizes(), x.options(),
                 last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
-  enqueue_into(
-      out, "aten::convolution",
-      {x, weight, IValue(), stride, padding, dilation, transposed, output_padding, groups});
-  if (!bias || !bias->defined()) return out;
+  enqueue_into(out, "aten::convolution",
+               {x, weight, cudnn ? IValue() : IValue(bias), stride, padding, dilation, transposed,
+                output_padding, groups});
+  if (!cudnn || !bias || !bias->defined()) return out;
   std::vector<int64_t> of_channels(out.dim(), 1);
   of_channels[1] = -1;
   return out.add_(bias->reshape(of_channels));
