@@ -464,6 +464,7 @@ class TestOnAGpu:
         x = far.as_strided(call.x.shape, (2**31, 64, 1)).copy_(call.x)
         dense = call.copy()
         assert torch.equal(call._replace(x=x).run(backend="cuda"), dense.run(backend="cuda"))
+        assert torch.equal(call.residual, dense.residual)
 
     def test_places_beyond_32_bits(self) -> None:
         x = torch.zeros(2, 2**30 // 64 + 3, 64, dtype=torch.float16, device="cuda")

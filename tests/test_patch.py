@@ -327,7 +327,7 @@ def test_the_report_says_what_has_no_engine(english: Any) -> None:
             elif op == "add_norm":
                 assert row(english, "  add_norm")[2:] == (
                     "extension",
-                    "compiled for cpu; in compiled blocks torch.compile fuses torch's own",
+                    "compiled for cpu; torch's own in the blocks that torch.compile is given",
                 )
             else:
                 assert row(english, f"  {op}")[2:] == ("extension", "compiled for cpu")

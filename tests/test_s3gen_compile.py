@@ -16,6 +16,7 @@ from chatterbox_fast.s3gen import engine as engine_module
 from chatterbox_fast.s3gen import flow as flow_module
 from chatterbox_fast.s3gen.engine import FlowEngine, VocoderEngine
 from chatterbox_fast.s3gen.flow import EAGER, Given, estimate
+from chatterbox_fast.s3gen.layers import Linear, Norm, each_layer, without_onednn
 from chatterbox_fast.s3gen.vocoder import ResBlock, decode
 
 COMPILED = Options(compile=True)
@@ -53,6 +54,23 @@ def test_the_solvers_blocks(s3gen: Any) -> None:
     assert not counters["graph_break"]
     # Transformers are alike; residual blocks differ in width: from the middle's, and from two.
     assert 0 < graphs() <= 4
+
+
+def test_what_is_compiled_is_plain_torch(s3gen: Any) -> None:
+    """And what is not keeps the kernel."""
+    engine = FlowEngine(s3gen.flow, COMPILED)
+
+    def found(layers: Any) -> set[Any]:
+        seen = []
+        each_layer(layers, lambda layer: seen.append(layer) or layer, (Norm, Linear))
+        return {each.by if isinstance(each, Norm) else each.onednn for each in seen}
+
+    solver = engine.solver
+    for compiled in (solver.down.transformers, solver.middle, solver.up):
+        assert found(compiled) == {"reference", False}
+    for eager in ((solver.down.resnet.act1, solver.down.resnet.act2), (solver.final_act,)):
+        assert found(eager) == {"extension"}
+    assert found(engine.encoder.before.layers) == {"extension", True}
 
 
 def failing_compiler(_module: Any, _inputs: Any) -> Any:
@@ -135,7 +153,7 @@ def test_the_vocoder(s3gen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_whole_step_is_one_graph(s3gen: Any) -> None:
     """compile=True compiles a block, for all; nothing in a step forbids to compile it whole."""
-    weights = FlowEngine(s3gen.flow, COMPILED).solver
+    weights = without_onednn(FlowEngine(s3gen.flow, COMPILED).solver)
     table = flow_module.time_table(s3gen.flow.decoder, 2)
     whole = torch.compile(estimate, fullgraph=True, dynamic=True, backend="eager")
     for frames in (14, 23):

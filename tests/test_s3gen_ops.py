@@ -148,7 +148,8 @@ def test_launches_of_a_request(deep: Any, precision: str, most: int) -> None:
     with Engine(s3gen, precision=precision):
         s3gen.inference(token, ref_dict=dict(voice))
         count = launched(lambda: s3gen.inference(token, ref_dict=dict(voice)))
-    assert most / 2 < count <= most
+    exactly = "EMULATED_GPU" in os.environ
+    assert (0.95 if exactly else 0.5) * most < count <= most
 
 
 def launched(call: Callable[[], Any]) -> int:

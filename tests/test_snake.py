@@ -353,12 +353,14 @@ def test_the_same_bits_by_any_number_of_threads_and_for_a_row_alone(
     x, alpha = noise((200000 // channels, channels), dtype), trained(channels)
     residual = noise(x.shape, dtype, seed=1)
     for sums in (False, True):
-        results = []
+        results, residuals = [], []
         for count in (1, 2, 3, 1):
             threads(count)
             rest = (residual.clone(), alpha) if sums else ()
             results.append(ops.snake(x, alpha, inverse_of(alpha), *rest))
+            residuals.append(rest[0] if sums else x)
         assert all(torch.equal(y, results[0]) for y in results)
+        assert all(torch.equal(own, residuals[0]) for own in residuals)
         for row in (0, 7, len(x) - 1):
             rest = (residual[row].clone(), alpha) if sums else ()
             alone = ops.snake(x[row].clone(), alpha, inverse_of(alpha), *rest)

@@ -186,6 +186,7 @@ def test_thread_sanitizer(shape: tuple[int, ...]) -> None:
         call = x, alpha, inverse_of(alpha)
         y = by_kernel(*call, sums[0], offset, variant="tsan", order="shuffled", seed=3)
         assert torch.equal(y, by_kernel(*call, sums[1], offset))
+        assert offset is None or torch.equal(*sums)
 
 
 # ---- nvcc

@@ -124,7 +124,7 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", [89, 90])
-@pytest.mark.parametrize("element", ["fp32", "bf16"])
+@pytest.mark.parametrize("element", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("sums", [False, True])
 def test_it_compiles(architecture: int, element: str, sums: bool) -> None:
     """With an accurate sine; what is aligned is loaded 16 bytes at a time."""

@@ -45,7 +45,7 @@ def snake_kernel(
     own_inverse = tl.load(inverse + channel, mask=is_channel, other=0)
     place = row[:, None] * channels + channel[None, :]
     wanted = (row < rows)[:, None] & is_channel[None, :]
-    half = x.dtype.element_ty == tl.float16
+    half: tl.constexpr = x.dtype.element_ty == tl.float16
     own = finite(tl.load(x + place, mask=wanted, other=0).to(tl.float32), half)
     if offset is not None:
         own += tl.load(offset + channel, mask=is_channel, other=0)[None, :]

@@ -80,7 +80,7 @@ class FlowEngine:
         self.solver = pack_flow(flow.decoder, narrow, kernels)
         if options.compile:
             self.solver = for_compiler(self.solver)
-            why = f"{self.add_norm.reason}; in compiled blocks torch.compile fuses torch's own"
+            why = f"{self.add_norm.reason}; torch's own in the blocks that torch.compile is given"
             self.add_norm = self.add_norm._replace(reason=why)
         self.blocks = compiled_blocks() if options.compile else EAGER
         self.eager_because = why_no_graph(self.device)

@@ -34,7 +34,6 @@ from .layers import (
     linear,
     merged,
     norm,
-    without_onednn,
 )
 
 
@@ -249,7 +248,7 @@ def pack_flow(
 def for_compiler(weights: FlowWeights) -> FlowWeights:
     """The same, in plain torch where `compiled_blocks` run it."""
     down = weights.down._replace(transformers=in_plain_torch(weights.down.transformers))
-    return without_onednn(weights)._replace(
+    return weights._replace(
         down=down, middle=in_plain_torch(weights.middle), up=in_plain_torch(weights.up)
     )
 

@@ -3,7 +3,8 @@
 Sequences are ``(B, T, C)``, channels last, so that no layer transposes what the next one reads.
 A layer whose matrix is in half precision takes its input to that, and its output is in that too;
 norms, and what the flow's residuals are added to, stay in float32 (or whatever the model's own
-dtype is). In float16 an infinity goes no further than from a product to the op that reads it.
+dtype is). In float16 sums and convolutions, which nothing bounds, are held within its finite
+numbers, by themselves or by the op that reads them; what follows a norm is bounded by that.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class SequenceConv(NamedTuple):
         return saturated(self.unbounded(x))
 
     def unbounded(self, x: Tensor) -> Tensor:
-        """The same, in which infinity is left: the next op takes it for the largest number."""
+        """The same, in which infinity is left: the next op, or the sum after it, holds it."""
         out = F.conv2d(
             _image(narrowed(x, self.weight.dtype)), self.weight, self.bias,
             (1, self.stride), (0, self.padding), (1, self.dilation),

@@ -106,10 +106,8 @@ CBF_INLINE void narrow_each(const float* row, int64_t count, T* y) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) narrow(finite<T>(load<Floats>(row + i)), y + i);
   if (i == count) return;
-  float own[kLanes] = {};
-  std::copy(row + i, row + count, own);
-  T few[kLanes];
-  narrow(finite<T>(load<Floats>(own)), few);
+  T few[kLanes];  // the row goes on to a whole vector
+  narrow(finite<T>(load<Floats>(row + i)), few);
   std::copy(few, few + (count - i), y + i);
 }
 
