@@ -84,9 +84,9 @@ class Norm(NamedTuple):
     eps: float
     by: str
 
-    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The norm of ``(B, T, C)``, in `dtype` or the weight's."""
-        return self._of(x, dtype)
+    def __call__(self, x: Tensor) -> Tensor:
+        """The norm of ``(B, T, C)``, in the weight's dtype."""
+        return self._of(x, None)
 
     def of_sum(self, x: Tensor, part: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The norm of ``x + part`` in `dtype`; `part` is added to x, in place. None is no part."""

@@ -18,10 +18,6 @@ namespace {
 
 static_assert(kAddNormChannels == kMostAddNormChannels);
 
-const float* numbers_of(const std::optional<at::Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr<float>() : nullptr;
-}
-
 at::Tensor add_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                     const std::optional<at::Tensor>& residual,
                     const std::optional<at::Tensor>& offset, const std::optional<at::Tensor>& shift,
@@ -38,8 +34,8 @@ at::Tensor add_norm(const at::Tensor& x, const at::Tensor& weight, const at::Ten
     args.weight = weight.const_data_ptr<float>();
     args.bias = bias.const_data_ptr<float>();
     args.residual = residual ? residual->mutable_data_ptr<float>() : nullptr;
-    args.offset = numbers_of(offset);
-    args.shift = numbers_of(shift);
+    args.offset = offset ? offset->const_data_ptr<float>() : nullptr;
+    args.shift = shift ? shift->const_data_ptr<float>() : nullptr;
     args.y = static_cast<Y*>(y.mutable_data_ptr());
     args.times = x.size(1);
     args.rows = x.size(0) * args.times;
