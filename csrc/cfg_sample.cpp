@@ -16,8 +16,9 @@ void check_philox(const std::optional<at::Tensor>& optional, const at::Tensor& s
   CBF_CHECK_CONTIGUOUS(philox, "cfg_sample");
   CBF_CHECK(philox.dim() == 2 && philox.size(0) == seen.size(0) && philox.size(1) == 2,
             "cfg_sample", "philox", c10::str("(", seen.size(0), ", 2)"), philox.sizes());
-  CBF_CHECK(philox_threads > 0 && philox_threads % 256 == 0, "cfg_sample", "philox_threads",
-            "a positive multiple of 256 where philox is given", philox_threads);
+  CBF_CHECK(philox_threads > 0 && philox_threads % 256 == 0 && philox_threads < int64_t{1} << 31,
+            "cfg_sample", "philox_threads",
+            "a positive multiple of 256 below 2^31 where philox is given", philox_threads);
 }
 
 void check_stop_action(const std::optional<at::Tensor>& optional, const at::Tensor& seen) {
@@ -55,13 +56,13 @@ CfgSampleSizes check_cfg_sample(const at::Tensor& logits, const at::Tensor& seen
   CBF_CHECK_DTYPE(flags, "cfg_sample", at::kInt);
   CBF_CHECK(flags.dim() == 1 && flags.size(0) == rows, "cfg_sample", "flags",
             c10::str("(", rows, ",)"), flags.sizes());
-  for (const at::Tensor* tensor : {&seen, &params, &flags}) {
-    CBF_CHECK(tensor->device() == logits.device(), "cfg_sample", "seen, params and flags",
-              c10::str("on ", logits.device(), " as logits is"), tensor->device());
-    CBF_CHECK(tensor->is_contiguous(), "cfg_sample", "seen, params and flags", "contiguous",
-              c10::str("strides ", tensor->strides()));
-  }
+  CBF_CHECK_DEVICE(seen, "cfg_sample", logits.device());
+  CBF_CHECK_DEVICE(params, "cfg_sample", logits.device());
+  CBF_CHECK_DEVICE(flags, "cfg_sample", logits.device());
   CBF_CHECK_CONTIGUOUS(logits, "cfg_sample");
+  CBF_CHECK_CONTIGUOUS(seen, "cfg_sample");
+  CBF_CHECK_CONTIGUOUS(params, "cfg_sample");
+  CBF_CHECK_CONTIGUOUS(flags, "cfg_sample");
   CBF_CHECK(stop_token >= 0 && stop_token < vocabulary, "cfg_sample", "stop_token",
             c10::str("in [0, ", vocabulary, ")"), stop_token);
   CBF_CHECK(forget >= -1 && forget < vocabulary, "cfg_sample", "forget",

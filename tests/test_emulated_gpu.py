@@ -30,6 +30,11 @@ LAUNCHES = (
     "tests/test_resample.py",
     "tests/test_skinny_linear_fused.py",
 )
+SMALL = tuple(
+    f"tests/test_cfg_sample.py::TestOnAGpu::test_draws_are_stocks[{turbo}-65536]"
+    for turbo in (False, True)
+)
+"""Where a thread of torch's launch draws more than four numbers."""
 ENGINES = (
     "tests/test_engine.py::test_the_captured_step_equals_the_eager_one[exact]",
     "tests/test_engine.py::test_decoding_on_a_gpu_does_not_wait",
@@ -44,9 +49,15 @@ ENGINES = (
 
 @pytest.mark.skipif(EMULATED or torch.cuda.is_available(), reason="there is a GPU already")
 @pytest.mark.parametrize(
-    ("tests", "by_cpu_op"), [(LAUNCHES, ""), (ENGINES, "large")], ids=["launches", "engines"]
+    ("tests", "device"),
+    [
+        (LAUNCHES, {}),
+        (SMALL, {"EMULATED_GPU_MULTIPROCESSORS": "6"}),
+        (ENGINES, {"EMULATED_GPU_BY_CPU_OP": "large"}),
+    ],
+    ids=["launches", "small", "engines"],
 )
-def test_on_an_emulated_gpu(tests: tuple[str, ...], by_cpu_op: str) -> None:
+def test_on_an_emulated_gpu(tests: tuple[str, ...], device: dict[str, str]) -> None:
     from emulated_gpu import build
 
     if reason := build.why_not():
@@ -56,7 +67,7 @@ def test_on_an_emulated_gpu(tests: tuple[str, ...], by_cpu_op: str) -> None:
     done = subprocess.run(
         [sys.executable, build.HERE / "build.py", "-m", "pytest", "-m", "gpu", "-q", *tests],
         capture_output=True, text=True, check=False, cwd=ROOT, timeout=1500,
-        env={**os.environ, "EMULATED_GPU_BY_CPU_OP": by_cpu_op},
+        env={**os.environ, **device},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout.splitlines()[-1]

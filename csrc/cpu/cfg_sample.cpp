@@ -16,6 +16,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <mutex>
@@ -162,19 +163,21 @@ float exponential_in_place(at::CPUGeneratorImpl* generator, bool wanted) {
 }
 
 // Whether this torch's exponential_ is that stream: same numbers, same state after.
-bool draws_in_place() {
-  static const bool same = [] {
-    constexpr int64_t kCount = 8194;
-    auto ours = at::make_generator<at::CPUGeneratorImpl>(uint64_t{20261123});
-    auto torchs = at::make_generator<at::CPUGeneratorImpl>(uint64_t{20261123});
-    const at::Tensor noise = at::empty({kCount}, at::kFloat).exponential_(1.0, torchs);
-    const float* expected = noise.const_data_ptr<float>();
-    auto* engine = at::check_generator<at::CPUGeneratorImpl>(ours);
-    for (int64_t i = 0; i < kCount; ++i) {
-      if (exponential_in_place(engine, true) != expected[i]) return false;
-    }
-    return engine->random64() == at::check_generator<at::CPUGeneratorImpl>(torchs)->random64();
-  }();
+bool is_torchs_stream() {
+  constexpr int64_t kCount = 8194;
+  auto ours = at::make_generator<at::CPUGeneratorImpl>(uint64_t{20261123});
+  auto torchs = at::make_generator<at::CPUGeneratorImpl>(uint64_t{20261123});
+  const at::Tensor noise = at::empty({kCount}, at::kFloat).exponential_(1.0, torchs);
+  const float* expected = noise.const_data_ptr<float>();
+  auto* engine = at::check_generator<at::CPUGeneratorImpl>(ours);
+  for (int64_t i = 0; i < kCount; ++i) {
+    if (exponential_in_place(engine, true) != expected[i]) return false;
+  }
+  return engine->random64() == at::check_generator<at::CPUGeneratorImpl>(torchs)->random64();
+}
+
+std::atomic<bool>& in_place() {
+  static std::atomic<bool> same{is_torchs_stream()};
   return same;
 }
 
@@ -271,6 +274,10 @@ at::Tensor cfg_sample(const at::Tensor& logits, at::Tensor seen, const at::Tenso
 }
 
 }  // namespace
+
+bool draws_in_place() { return in_place(); }
+
+void draw_in_place(bool wanted) { in_place() = wanted; }
 
 }  // namespace chatterbox_fast
 

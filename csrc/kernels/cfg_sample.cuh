@@ -18,7 +18,9 @@
 //
 // Launch: one block a row, a row's scores in registers (kItems a thread). Without top-k and top-p
 // it is three block reductions over 8 V bytes of logits that the head just left in L2, so the bound
-// is latency: about a dozen barriers.
+// is latency: about a dozen barriers. min-p goes first (all three keep what is above a score, so
+// their order is free), as few survive it: those are ranked against each other. Only where more
+// are left do top-k and top-p look for the part of the row that the cut falls into first.
 #pragma once
 
 #include "cfg_sample.h"
@@ -33,7 +35,9 @@ constexpr int kCfgSampleFailed = 2;
 constexpr int kCfgSampleSuppress = 1;
 constexpr int kCfgSampleForce = 2;
 constexpr float kCfgSampleRuledOut = 32768.0f;
-constexpr int kRadixBins = 256;
+constexpr int kBins = 256;
+constexpr int kMostRanked = 256;  // so many comparisons a thread
+constexpr float kWidest = 64.0f;  // what is further below the top shares a bin
 
 // Scores of a large vocabulary do not fit into registers: their loops stay loops, which compile in
 // a tenth of the time.
@@ -84,26 +88,25 @@ RT_DEVICE unsigned long long block_max(unsigned long long value, unsigned long l
   return value;
 }
 
-// Shared memory of radix_select: bins of ids, which the GPU counts natively, or of 64-bit masses,
+// Shared memory of one selection. Sum: of ids, which the GPU counts natively, or of 64-bit masses,
 // whose adds spin.
-union RadixBins {
-  unsigned counts[kRadixBins];
-  unsigned long long masses[kRadixBins];
-};
-
 template <typename Sum>
-struct RadixScratch {
-  Sum* bins;                   // kRadixBins
-  unsigned long long* result;  // 2: the bin found, the weight below it
+struct Selection {
+  Sum bins[kBins];
+  unsigned long long keys[kMostRanked];  // of the gathered
+  Sum weights[kMostRanked];
+  Sum total, below;  // the weight of all that take part, and of those below the bin found
+  unsigned members, farthest, gathered, bin;
+  unsigned long long found;
 };
 
 // By warp 0: the first bin whose running sum exceeds `limit`, else the last bin with a weight.
 template <typename Sum>
-RT_DEVICE void find_bin(const RadixScratch<Sum>& scratch, Sum limit) {
-  constexpr int kPerLane = kRadixBins / 32;
+RT_DEVICE void find_bin(Selection<Sum>& shared, Sum limit) {
+  constexpr int kPerLane = kBins / 32;
   const int lane = threadIdx.x;
   Sum own = 0;
-  for (int i = 0; i < kPerLane; ++i) own += scratch.bins[lane * kPerLane + i];
+  for (int i = 0; i < kPerLane; ++i) own += shared.bins[lane * kPerLane + i];
   Sum below = own;
   for (int step = 1; step < 32; step *= 2) {
     const Sum left = __shfl_up_sync(kFullWarp, below, step);
@@ -117,44 +120,141 @@ RT_DEVICE void find_bin(const RadixScratch<Sum>& scratch, Sum limit) {
   int bin = lane * kPerLane;
   Sum last_below = below;
   for (int i = 0; i < kPerLane; ++i) {
-    const Sum weight = scratch.bins[lane * kPerLane + i];
+    const Sum weight = shared.bins[lane * kPerLane + i];
     if (weight == 0) continue;
     bin = lane * kPerLane + i;
     last_below = below;
     below += weight;
     if (below > limit) break;
   }
-  scratch.result[0] = bin;
-  scratch.result[1] = last_below;
+  shared.bin = bin;
+  shared.below = last_below;
 }
 
-// The first rank key, ascending, at which the running sum of weights exceeds `limit`; the last one
-// where it never does. Reads the highest `digits` bytes of the 6-byte keys; the rest is 0.
-// weight(k) is the weight of this thread's item k, 0 where it takes no part.
-template <int kThreads, int kItems, typename Sum, typename Weight>
-RT_DEVICE unsigned long long radix_select(const float* scores, Sum limit, int digits,
-                                          const RadixScratch<Sum>& scratch, Weight weight) {
-  unsigned long long prefix = 0;
-  for (int digit = 5; digit > 5 - digits; --digit) {
-    const int shift = 8 * digit;
-    for (int bin = threadIdx.x; bin < kRadixBins; bin += kThreads) scratch.bins[bin] = 0;
-    __syncthreads();
+// Sums weights by bin, and leaves in `shared` the bin that `limit` falls into. Returns what of
+// `limit` falls into that bin. bin_of(k): of this thread's item k, kBins where it takes no part.
+template <int kThreads, int kItems, typename Sum, typename Weight, typename Bin>
+RT_DEVICE Sum narrow_to_bin(Sum limit, Selection<Sum>& shared, Weight weight, Bin bin_of) {
+  for (int bin = threadIdx.x; bin < kBins; bin += kThreads) shared.bins[bin] = 0;
+  __syncthreads();
 #pragma unroll(kUnrolled<kItems>)
-    for (int k = 0; k < kItems; ++k) {
+  for (int k = 0; k < kItems; ++k) {
+    const Sum own = weight(k);
+    const int bin = own == 0 ? kBins : bin_of(k);
+    if (bin < kBins) atomicAdd(&shared.bins[bin], own);
+  }
+  __syncthreads();
+  if (threadIdx.x < 32) find_bin(shared, limit);
+  __syncthreads();
+  return limit - (shared.below < limit ? shared.below : limit);
+}
+
+// As `select`, a byte of the 6-byte keys at a time, for any number of scores however close.
+template <int kThreads, int kItems, typename Sum, typename Weight>
+RT_DEVICE unsigned long long radix_select(const float* scores, Sum limit, Selection<Sum>& shared,
+                                          Weight weight) {
+  unsigned long long prefix = 0;
+  for (int shift = 40; shift >= 0; shift -= 8) {
+    const auto byte_of = [&](int k) -> int {
       const unsigned long long key = rank_key(scores[k], threadIdx.x + k * kThreads);
-      const Sum own = weight(k);
-      if (own != 0 && key >> (shift + 8) == prefix >> (shift + 8)) {
-        atomicAdd(&scratch.bins[key >> shift & 0xff], own);
-      }
-    }
-    __syncthreads();
-    if (threadIdx.x < 32) find_bin(scratch, limit);
-    __syncthreads();
-    prefix |= scratch.result[0] << shift;
-    const Sum below = static_cast<Sum>(scratch.result[1]);
-    limit -= below < limit ? below : limit;
+      return key >> (shift + 8) == prefix >> (shift + 8) ? key >> shift & 0xff : kBins;
+    };
+    limit = narrow_to_bin<kThreads, kItems>(limit, shared, weight, byte_of);
+    prefix |= static_cast<unsigned long long>(shared.bin) << shift;
   }
   return prefix;
+}
+
+// Adds up who takes part: total, members, and the lowest score as `farthest`.
+template <int kThreads, int kItems, typename Sum, typename Weight>
+RT_DEVICE void take_stock(const float* scores, Selection<Sum>& shared, Weight weight) {
+  if (threadIdx.x == 0) {
+    shared.total = 0;
+    shared.members = shared.farthest = shared.gathered = 0;
+  }
+  __syncthreads();
+  Sum total = 0;
+  unsigned members = 0;
+  unsigned long long farthest = 0;
+#pragma unroll(kUnrolled<kItems>)
+  for (int k = 0; k < kItems; ++k) {
+    const Sum own = weight(k);
+    if (own == 0) continue;
+    total += own;
+    ++members;
+    farthest = greater(farthest, ~ordered(scores[k]));
+  }
+  for (int step = 16; step > 0; step /= 2) {
+    total += __shfl_xor_sync(kFullWarp, total, step);
+    members += __shfl_xor_sync(kFullWarp, members, step);
+    farthest = greater(farthest, __shfl_xor_sync(kFullWarp, farthest, step));
+  }
+  if (threadIdx.x % 32 == 0) {
+    atomicAdd(&shared.total, total);
+    atomicAdd(&shared.members, members);
+    atomicMax(&shared.farthest, static_cast<unsigned>(farthest));
+  }
+  __syncthreads();
+}
+
+// Copies the items of `bin` into `shared`, those of all bins for kBins; as many as there is room
+// for.
+template <int kThreads, int kItems, typename Sum, typename Weight, typename Bin>
+RT_DEVICE void gather(const float* scores, int bin, Selection<Sum>& shared, Weight weight,
+                      Bin bin_of) {
+#pragma unroll(kUnrolled<kItems>)
+  for (int k = 0; k < kItems; ++k) {
+    const Sum own = weight(k);
+    if (own == 0 || (bin < kBins && bin_of(k) != bin)) continue;
+    const unsigned slot = atomicAdd(&shared.gathered, 1u);
+    if (slot >= kMostRanked) continue;
+    shared.keys[slot] = rank_key(scores[k], threadIdx.x + k * kThreads);
+    shared.weights[slot] = own;
+  }
+  __syncthreads();
+}
+
+// As `select`, of what was gathered: each thread adds up what is below its own.
+template <int kThreads, typename Sum>
+RT_DEVICE unsigned long long ranked(Selection<Sum>& shared, Sum limit) {
+  const unsigned count = shared.gathered;
+  for (unsigned own = threadIdx.x; own < count; own += kThreads) {
+    Sum total = 0, below = 0;
+    for (unsigned other = 0; other < count; ++other) {
+      total += shared.weights[other];
+      if (shared.keys[other] < shared.keys[own]) below += shared.weights[other];
+    }
+    const Sum wanted = limit < total ? limit : total - 1;
+    if (below <= wanted && wanted - below < shared.weights[own]) shared.found = shared.keys[own];
+  }
+  __syncthreads();
+  return shared.found;
+}
+
+// The first rank key, ascending, at which the running sum of weights exceeds limit(total); the last
+// one where it never does; 0 where nothing has a weight. weight(k) is the weight of this thread's
+// item k, 0 where it takes no part. `top`: the highest score.
+template <int kThreads, int kItems, typename Sum, typename Weight, typename Limit>
+RT_DEVICE unsigned long long select(const float* scores, float top, Selection<Sum>& shared,
+                                    Weight weight, Limit limit_of) {
+  take_stock<kThreads, kItems>(scores, shared, weight);
+  if (shared.total == 0) return 0;
+  const Sum limit = limit_of(shared.total);
+  // Bins of one width, and not of one exponent, so that few threads add to the same one.
+  const float lowest = fmaxf(from_ordered(~shared.farthest), top - kWidest);
+  const float bins_a_unit = kBins / (top - lowest);  // infinite where all are equal: one bin
+  const auto bin_of = [&](int k) -> int {
+    return fminf(fmaxf((scores[k] - lowest) * bins_a_unit, 0.0f), kBins - 1.0f);
+  };
+  int bin = kBins;
+  Sum rest = limit;
+  if (shared.members > kMostRanked) {
+    rest = narrow_to_bin<kThreads, kItems>(limit, shared, weight, bin_of);
+    bin = shared.bin;
+  }
+  gather<kThreads, kItems>(scores, bin, shared, weight, bin_of);
+  if (shared.gathered <= kMostRanked) return ranked<kThreads>(shared, rest);
+  return radix_select<kThreads, kItems>(scores, limit, shared, weight);
 }
 
 RT_DEVICE float penalised(float score, bool seen, float penalty, float inverse_penalty) {
@@ -179,7 +279,7 @@ RT_DEVICE float after_stop_action(const CfgSampleArgs<T>& args, int action, int 
 
 // The weight of a score in top-p: exp(score - top) in units of 2^-40.
 RT_OUTLINED unsigned long long mass(float score, float top) {
-  return static_cast<unsigned long long>(expf(score - top) * 0x1p40f);
+  return static_cast<unsigned long long>(expf(score - top) * 0x1p40f + 0.5f);
 }
 
 // A block's view of its row: the arguments, the parameters, and the shared memory.
@@ -190,8 +290,8 @@ struct SamplingBlock {
   const bool* seen;  // the row's
   int row;
   unsigned long long* scratch;  // 32 values
-  RadixScratch<unsigned> counting;
-  RadixScratch<unsigned long long> weighing;
+  Selection<unsigned>& counting;
+  Selection<unsigned long long>& weighing;
 };
 
 // Stock's chain up to the temperature. Returns the highest score; a NaN where the row has one.
@@ -221,20 +321,17 @@ RT_DEVICE float load_scores(const SamplingBlock<T>& block, float (&scores)[kItem
 }
 
 template <int kThreads, int kItems, typename T>
-RT_DEVICE void keep_top_k(const SamplingBlock<T>& block, float (&scores)[kItems]) {
-  const int vocabulary = block.args.vocabulary;
+RT_DEVICE void keep_top_k(const SamplingBlock<T>& block, float top, float (&scores)[kItems]) {
   const int top_k = static_cast<int>(block.params.top_k);
-  if (top_k <= 0 || top_k >= vocabulary) return;
-  const auto one = [&](int k) -> unsigned {
-    return static_cast<int>(threadIdx.x) + k * kThreads < vocabulary;
+  if (top_k <= 0 || top_k >= block.args.vocabulary) return;
+  const auto one = [&](int k) -> unsigned { return scores[k] != negative_infinity(); };
+  const auto others = [=](unsigned total) -> unsigned {
+    return total > static_cast<unsigned>(top_k) ? total - top_k : 0;
   };
-  const auto others = static_cast<unsigned>(vocabulary - top_k);
-  const auto kth = radix_select<kThreads, kItems>(scores, others, 4, block.counting, one);
+  const auto kth = select<kThreads, kItems>(scores, top, block.counting, one, others) >> 16;
 #pragma unroll(kUnrolled<kItems>)
   for (int k = 0; k < kItems; ++k) {
-    if (static_cast<unsigned long long>(ordered(scores[k])) << 16 < kth) {
-      scores[k] = negative_infinity();
-    }
+    if (ordered(scores[k]) < kth) scores[k] = negative_infinity();
   }
 }
 
@@ -250,23 +347,12 @@ RT_DEVICE void keep_min_p(float top, float min_p, float (&scores)[kItems]) {
 template <int kThreads, int kItems, typename T>
 RT_DEVICE void keep_top_p(const SamplingBlock<T>& block, float top, float (&scores)[kItems]) {
   if (block.params.one_minus_top_p <= 0.0f) return;
-  unsigned long long* total = block.scratch;
-  if (threadIdx.x == 0) *total = 0;
-  __syncthreads();
-  unsigned long long own = 0;
-#pragma unroll(kUnrolled<kItems>)
-  for (int k = 0; k < kItems; ++k) own += mass(scores[k], top);
-  for (int step = 16; step > 0; step /= 2) own += __shfl_xor_sync(kFullWarp, own, step);
-  if (threadIdx.x % 32 == 0)
-    atomicAdd(total, own);  // one a warp: 64-bit adds spin in shared memory
-  __syncthreads();
-  const unsigned long long whole = *total;
-  __syncthreads();         // read by all before scratch is written again
-  if (whole == 0) return;  // no id is left
-  const auto limit = static_cast<unsigned long long>(
-      static_cast<double>(block.params.one_minus_top_p) * static_cast<double>(whole));
   const auto weight = [&](int k) { return mass(scores[k], top); };
-  const auto lowest = radix_select<kThreads, kItems>(scores, limit, 6, block.weighing, weight);
+  const auto cut = [&](unsigned long long whole) {
+    return static_cast<unsigned long long>(static_cast<double>(block.params.one_minus_top_p) *
+                                           static_cast<double>(whole));
+  };
+  const auto lowest = select<kThreads, kItems>(scores, top, block.weighing, weight, cut);
 #pragma unroll(kUnrolled<kItems>)
   for (int k = 0; k < kItems; ++k) {
     if (rank_key(scores[k], threadIdx.x + k * kThreads) < lowest) scores[k] = negative_infinity();
@@ -336,22 +422,22 @@ RT_DEVICE void finish_row(const CfgSampleArgs<T>& args, int row, int token) {
 template <int kThreads, int kItems, typename T>
 RT_GLOBAL void RT_LAUNCH_BOUNDS(kThreads) cfg_sample_kernel(CfgSampleArgs<T> args) {
   RT_SHARED(unsigned long long, scratch, 32);
-  RT_SHARED(RadixBins, bins, 1);
-  RT_SHARED(unsigned long long, result, 2);
+  RT_SHARED(Selection<unsigned>, counting, 1);
+  RT_SHARED(Selection<unsigned long long>, weighing, 1);
   const int row = blockIdx.x;
   const SamplingBlock<T> block = {args,
                                   reinterpret_cast<const SamplingRow*>(args.params)[row],
                                   args.seen + static_cast<long long>(row) * args.vocabulary,
                                   row,
                                   scratch,
-                                  {bins->counts, result},
-                                  {bins->masses, result}};
+                                  *counting,
+                                  *weighing};
   float scores[kItems];
   float top = load_scores<kThreads>(block, scores);
   int token = -1;
   if (is_finite(top)) {  // the same in every thread, so all of them meet at the barriers
-    keep_top_k<kThreads>(block, scores);
     keep_min_p(top, block.params.min_p, scores);
+    keep_top_k<kThreads>(block, top, scores);
     keep_top_p<kThreads>(block, top, scores);
     if (args.turbo) top = penalise_last<kThreads>(block, scores);
     if (is_finite(top)) token = draw<kThreads>(block, top, scores);

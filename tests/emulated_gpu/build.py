@@ -4,9 +4,10 @@
 
 builds the emulator (half a minute, kept under build/) and runs Python with those arguments. What it
 is, and is not: device.h. EMULATED_GPU_TRACE=1 prints what is enqueued and what runs,
-EMULATED_GPU_EAGER=1 runs everything at once, EMULATED_GPU_MIB is the device's memory, and
-EMULATED_GPU_BY_CPU_OP names ops of ours, or all "large" ones, that run as their CPU op does, since
-a kernel thread by thread is a thousand times as slow.
+EMULATED_GPU_EAGER=1 runs everything at once, EMULATED_GPU_MIB is the device's memory,
+EMULATED_GPU_MULTIPROCESSORS how many it has, and EMULATED_GPU_BY_CPU_OP names ops of ours, or all
+"large" ones, that run as their CPU op does, since a kernel thread by thread is a thousand times as
+slow.
 """
 
 from __future__ import annotations

@@ -1,9 +1,19 @@
 // What the device says of itself, and its errors.
+#include <cstdlib>
 #include <cstring>
 
 #include "device.h"
 
 using namespace gpu;
+
+namespace {
+
+int multiprocessors() {
+  static const char* const count = std::getenv("EMULATED_GPU_MULTIPROCESSORS");
+  return count == nullptr ? 132 : std::atoi(count);
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -37,7 +47,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* to, int) {
   to->maxGridSize[1] = to->maxGridSize[2] = 65535;
   to->major = 9;
   to->minor = 0;
-  to->multiProcessorCount = 132;
+  to->multiProcessorCount = multiprocessors();
   to->maxThreadsPerMultiProcessor = 2048;
   to->maxBlocksPerMultiProcessor = 32;
   to->l2CacheSize = 50 << 20;
@@ -49,7 +59,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* to, int) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      *value = 132;
+      *value = multiprocessors();
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = 227 << 10;

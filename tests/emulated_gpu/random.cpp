@@ -1,5 +1,6 @@
 // torch's random numbers on a GPU: cuRAND's own Philox, compiled for the host, laid out over
 // threads as torch lays it (ATen/native/cuda/DistributionTemplates.h). Logarithms are the host's.
+#include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -28,8 +29,10 @@ at::Tensor& draw(at::Tensor& self, std::optional<at::Generator> generator, const
   auto* const source = at::get_generator_or_default<at::CUDAGeneratorImpl>(
       generator, at::cuda::detail::getDefaultCUDAGenerator());
   const auto count = static_cast<uint64_t>(self.numel());
-  const uint64_t grid =
-      std::min<uint64_t>(132 * (2048 / kThreads), (count + kThreads - 1) / kThreads);
+  const cudaDeviceProp& properties = *at::cuda::getCurrentDeviceProperties();
+  const uint64_t grid = std::min<uint64_t>(
+      properties.multiProcessorCount * (properties.maxThreadsPerMultiProcessor / kThreads),
+      (count + kThreads - 1) / kThreads);
   const uint64_t steps = (count - 1) / (kThreads * grid * kUnroll) + 1;
   at::PhiloxCudaState state;
   {
