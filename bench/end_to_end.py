@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from chatterbox_fast import patched
 from chatterbox_fast.demo import STAGES, Run, speak
 from chatterbox_fast.testing import random_model
 
+PROCESS = Path("/proc/self")
 TOKENS_PER_SECOND = 25
 TEXT = (
     "The harbour was quiet when the last boat came in, and nobody asked where it had been; "
@@ -47,9 +49,38 @@ def around(model: Any, variant: str) -> AbstractContextManager[Any]:
     return nullcontext() if options is None else patched(model, **options)
 
 
-def measure(model: Any, variant: str, voice: Path) -> tuple[Run, int | None]:
-    """One utterance, and the most memory that was allocated meanwhile; on a CPU None."""
-    cuda = torch.device(model.device).type == "cuda"
+class Peak:
+    """The most memory that is taken at once, where somebody tells.
+
+    Attributes:
+        of: whose memory it is.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device, self._known = torch.device(device), False
+        self.of = "torch on the GPU" if self._device.type == "cuda" else "the whole process"
+
+    def start(self) -> None:
+        """Forgets what was; a process's peak is forgotten on Linux alone."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        self._known = False
+        with suppress(OSError):
+            (PROCESS / "clear_refs").write_text("5")
+            self._known = True
+
+    def bytes(self) -> int | None:
+        """Since the start; None where what was before could not be forgotten."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        status = (PROCESS / "status").read_text() if self._known else ""
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        return 1024 * int(found.group(1)) if found else None
+
+
+def measure(model: Any, variant: str, voice: Path, peak: Peak) -> tuple[Run, int | None]:
+    """One utterance, and the most memory that was taken meanwhile."""
 
     def utterance() -> Tensor:
         torch.manual_seed(0)
@@ -58,10 +89,9 @@ def measure(model: Any, variant: str, voice: Path) -> tuple[Run, int | None]:
 
     with around(model, variant):
         utterance()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(model.device)
+        peak.start()
         run = speak(model, utterance)
-        return run, torch.cuda.max_memory_allocated(model.device) if cuda else None
+        return run, peak.bytes()
 
 
 def ten_seconds(folder: Path) -> Path:
@@ -91,8 +121,10 @@ def summary(variant: str, seconds: float, runs: list[tuple[Run, int | None]]) ->
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """All variants at all lengths."""
+    peak = Peak(arguments.device)
     raw: dict[str, Any] = {
         **conditions(arguments.device, arguments.size),
+        "peak_bytes_of": peak.of,
         "end_to_end": [],
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +137,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             found: dict[str, list[tuple[Run, int | None]]] = {}
             for _ in range(arguments.rounds):
                 for variant in arguments.variants:
-                    found.setdefault(variant, []).append(measure(model, variant, voice))
+                    found.setdefault(variant, []).append(measure(model, variant, voice, peak))
             for variant, runs in found.items():
                 raw["end_to_end"].append(summary(variant, seconds, runs))
                 print(json.dumps(raw["end_to_end"][-1]), flush=True)

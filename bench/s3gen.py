@@ -7,7 +7,8 @@ solver get what stock's stage before them leaves, the vocoder a random mel; ever
 it draws in a request. Stages: encoder (tokens to
 what the flow is conditioned on), solver (all Euler steps), flow (both, as a request runs them: on a
 GPU in one CUDA graph), vocoder (F0, source, waveform), total (`S3Gen.inference`). "stock, compiled"
-is stock with torch.compile around the estimator and the vocoder's decode.
+is stock with torch.compile around the estimator and the vocoder's decode. What each variant ran on
+in the end, as report() tells it, is noted as "ran".
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,12 +29,12 @@ from torch import Tensor
 
 from chatterbox_fast.demo import now
 from chatterbox_fast.options import Options
-from chatterbox_fast.overrides import Override, apply_all, undo_all
+from chatterbox_fast.overrides import Change, Override, apply_all, undo_all
 from chatterbox_fast.precision import cpu_multiplies_bf16
 from chatterbox_fast.s3gen import runner
 from chatterbox_fast.s3gen.encoder import encode
-from chatterbox_fast.s3gen.engine import FlowEngine, VocoderEngine
-from chatterbox_fast.s3gen.site import flow_site, vocoder_site
+from chatterbox_fast.site import Row, Site
+from chatterbox_fast.sites import sites_of
 from chatterbox_fast.testing import random_s3gen
 
 STAGES = ("encoder", "solver", "flow", "vocoder", "total")
@@ -136,23 +138,22 @@ class Utterance:
         )
         return wave  # type: ignore[no-any-return]
 
-    def calls(self, variant: str) -> dict[str, Call]:
-        """Stage -> the call, for a variant that `Variant.around` is around."""
+    def calls(self, variant: Variant) -> dict[str, Call]:
+        """Stage -> the call, for when `variant` is around."""
         stages = {"flow": self.flow, "total": self.total}
-        if VARIANTS[variant] is None:
+        if not variant.sites:
             return {
                 "encoder": self.stock_encoder,
                 "solver": self.stock_solver,
                 "vocoder": self.stock_vocoder,
                 **stages,
             }
-        options = Options.of(**VARIANTS[variant])
-        flow = FlowEngine(self.s3gen.flow, options)
-        vocoder = VocoderEngine(self.s3gen.mel2wav, options)
+        flow, vocoder = variant.engine("s3gen.flow"), variant.engine("s3gen.vocoder")
 
         def solver() -> Tensor:
             noise = self.mu.new_empty(self.mu.mT.shape).normal_().mT.contiguous()
-            return flow.solve(self.mu, self.speaker, self.prompt, noise, self.n_timesteps)
+            mel: Tensor = flow.solve(self.mu, self.speaker, self.prompt, noise, self.n_timesteps)
+            return mel
 
         def vocode() -> Tensor:
             mel = runner.read_mel(vocoder, {"speech_feat": self.mel})
@@ -171,20 +172,46 @@ class Utterance:
 
 
 class Variant:
-    """S3Gen as a variant has it, with what was packed or compiled kept between the rounds."""
+    """S3Gen as a variant has it, with what is packed, captured or compiled kept for all lengths.
+
+    Attributes:
+        sites: those of S3Gen that patch() replaces; none in stock.
+    """
 
     def __init__(self, s3gen: Any, name: str) -> None:
-        options, self.changes = VARIANTS[name], []
-        if options is not None:
-            own = Options.of(**options)
-            sites = flow_site(s3gen, own), vocoder_site(s3gen, own)
-            self.changes = [change for site in sites for change in site.changes()]
+        self.name, self.sites, self.changes = name, list[Site](), list[Change]()
+        if (options := VARIANTS[name]) is not None:
+            model = SimpleNamespace(s3gen=s3gen)
+            sites = [
+                site for site in sites_of(model, Options.of(**options)) if site.owner is not model
+            ]
+            self.sites = [site for site in sites if site.why_not() is None]
+            self.changes = [change for site in self.sites for change in site.changes()]
         elif name != "stock":
             estimator, vocoder = s3gen.flow.decoder.estimator, s3gen.mel2wav
             self.changes = [
                 Override(estimator, "forward", torch.compile(estimator.forward)),
                 Override(vocoder, "decode", torch.compile(vocoder.decode)),
             ]
+
+    def engine(self, name: str) -> Any:
+        """The engine behind a site: a stage that is timed alone is a part of what runs there.
+
+        Raises:
+            RuntimeError: stock runs there.
+        """
+        site = next(site for site in self.sites if site.name == name)
+        found = site.make.keywords["engines"].of(site.owner)  # type: ignore[attr-defined]
+        if isinstance(found, str):
+            raise RuntimeError(f"{name} is left to stock: {found}")
+        return found
+
+    def ran(self) -> list[Row]:
+        """What report() says of S3Gen after the calls so far."""
+        if not self.sites:
+            return [Row("s3gen", self.name, "torch", "")]
+        with self.around():
+            return [row for site in self.sites for row in site.describe()]
 
     @contextmanager
     def around(self) -> Iterator[None]:
@@ -200,67 +227,93 @@ class Variant:
 class Bench:
     """All variants of one utterance."""
 
-    def __init__(self, utterance: Utterance, variants: list[str]) -> None:
+    def __init__(self, utterance: Utterance, variants: list[Variant]) -> None:
         self.device = utterance.mu.device
-        self.variants = {name: Variant(utterance.s3gen, name) for name in variants}
-        self.calls = {name: utterance.calls(name) for name in variants}
+        self.variants = {each.name: each for each in variants}
+        self.calls = {each.name: utterance.calls(each) for each in variants}
 
-    def differences(self, stages: list[str]) -> dict[str, dict[str, float]]:
-        """Variant -> stage -> the relative difference from stock's, after the same seed."""
-        found: dict[str, dict[str, float]] = {}
-        for stage in stages:
-            stock = self._output("stock", stage)
-            for name in self.variants:
-                ours = self._output(name, stage)
-                found.setdefault(name, {})[stage] = float((ours - stock).norm() / stock.norm())
-        return found
-
-    def _output(self, name: str, stage: str) -> Tensor:
+    def output(self, variant: str, stage: str) -> Tensor:
+        """After the same seed each time."""
         torch.manual_seed(0)
-        with self.variants[name].around():
-            found: Tensor = self.calls[name][stage]()
+        with self.variants[variant].around():
+            found: Tensor = self.calls[variant][stage]()
         return found
 
-    def measure(self, stages: list[str], rounds: int) -> dict[tuple[str, str], list[float]]:
+    def measure(self, stage: str, rounds: int) -> dict[str, list[float]]:
         """Milliseconds, variants in turn: what disturbs one disturbs the other."""
-        samples: dict[tuple[str, str], list[float]] = {}
-        for stage in stages:
-            for _ in range(rounds):
-                for name, variant in self.variants.items():
-                    with variant.around():
-                        start = now(self.device)
-                        self.calls[name][stage]()
-                        elapsed = now(self.device) - start
-                    samples.setdefault((stage, name), []).append(1e3 * elapsed)
+        samples: dict[str, list[float]] = {}
+        for _ in range(rounds):
+            for name, variant in self.variants.items():
+                with variant.around():
+                    start = now(self.device)
+                    self.calls[name][stage]()
+                    elapsed = now(self.device) - start
+                samples.setdefault(name, []).append(1e3 * elapsed)
         return samples
+
+
+class Notes:
+    """The raw figures, saved after each: a compiler takes minutes, and the time may be up."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._path, self._prompt = arguments.json, arguments.prompt
+        self.raw: dict[str, Any] = {
+            **conditions(arguments.device, arguments.size),
+            "timesteps": arguments.timesteps,
+            "ran": {},
+            "difference": {},
+            "s3gen": [],
+        }
+
+    def difference(self, stage: str, variant: str, seconds: float, relative: float) -> None:
+        """Of a stage's output from stock's."""
+        found = self.raw["difference"].setdefault(f"{seconds:g}", {})
+        found.setdefault(variant, {})[stage] = relative
+        save(self._path, self.raw)
+
+    def times(self, stage: str, variant: str, seconds: float, times: list[float]) -> None:
+        """Of a stage's calls, in milliseconds."""
+        result = Result(
+            stage, variant, seconds, self._prompt,
+            statistics.median(times), min(times), len(times),
+        )  # fmt: skip
+        print(result, flush=True)
+        self.raw["s3gen"].append(asdict(result))
+        save(self._path, self.raw)
+
+    def ran(self, variant: Variant) -> None:
+        """What `variant` has run on; printed where it is news."""
+        rows = [row._asdict() for row in variant.ran()]
+        if self.raw["ran"].get(variant.name) != rows:
+            print(
+                *(f"{variant.name}: {', '.join(row.values())}" for row in rows),
+                sep="\n",
+                flush=True,
+            )
+        self.raw["ran"][variant.name] = rows
+        save(self._path, self.raw)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """All stages at all lengths."""
     device = torch.device(arguments.device)
     s3gen = random_s3gen(arguments.size).to(device)
+    variants = [Variant(s3gen, name) for name in arguments.variants]
     prompt = round(arguments.prompt * TOKENS_PER_SECOND)
-    raw: dict[str, Any] = {
-        **conditions(device, arguments.size),
-        "timesteps": arguments.timesteps,
-        "difference": {},
-        "s3gen": [],
-    }
+    notes = Notes(arguments)
     for seconds in arguments.seconds:
         tokens = round(seconds * TOKENS_PER_SECOND)
-        utterance = Utterance(s3gen, tokens, prompt, arguments.timesteps)
-        bench = Bench(utterance, arguments.variants)
-        raw["difference"][f"{seconds:g}"] = bench.differences(arguments.stages)  # it warms up, too
-        samples = bench.measure(arguments.stages, arguments.rounds)
-        for (stage, variant), times in samples.items():
-            result = Result(
-                stage, variant, seconds, arguments.prompt,
-                statistics.median(times), min(times), len(times),
-            )  # fmt: skip
-            print(result, flush=True)
-            raw["s3gen"].append(asdict(result))
-        save(arguments.json, raw)
-    return raw
+        bench = Bench(Utterance(s3gen, tokens, prompt, arguments.timesteps), variants)
+        for stage in arguments.stages:
+            stock = bench.output("stock", stage)
+            for name in bench.variants:  # it warms up, too
+                error = bench.output(name, stage) - stock
+                notes.difference(stage, name, seconds, float(error.norm() / stock.norm()))
+            for name, times in bench.measure(stage, arguments.rounds).items():
+                notes.times(stage, name, seconds, times)
+            for variant in variants:
+                notes.ran(variant)
+    return notes.raw
 
 
 def parser() -> argparse.ArgumentParser:

@@ -156,7 +156,7 @@ def s3gen_table(raw: dict[str, Any]) -> str:
     for (stage, variant), medians in found.items():
         stock = found[stage, "stock"]
         cells = [
-            f"{medians[length] / 1e3:.2f} s ({stock[length] / medians[length]:.2f}×)"
+            f"{_clock(medians[length] / 1e3)} ({stock[length] / medians[length]:.2f}×)"
             for length in lengths
         ]
         rows.append(f"| {stage} | {variant} | {' | '.join(cells)} |")
@@ -194,7 +194,8 @@ def end_to_end_table(raw: dict[str, Any]) -> str:
         rows.append(f"| {variant} | real-time factor | {' | '.join(factors)} |")
         if results[lengths[0]]["peak_bytes"] is not None:
             peaks = [f"{results[length]['peak_bytes'] / 1e9:.2f} GB" for length in lengths]
-            rows.append(f"| {variant} | peak memory | {' | '.join(peaks)} |")
+            name = f"peak memory of {raw['peak_bytes_of']}"
+            rows.append(f"| {variant} | {name} | {' | '.join(peaks)} |")
     for name, seconds in PUBLISHED.items():
         cells = [f"{seconds[x]:.1f} s" if x in seconds else "–" for x in lengths]
         rows.append(f"| {name} | total | {' | '.join(cells)} |")
@@ -211,7 +212,13 @@ def end_to_end_table(raw: dict[str, Any]) -> str:
 
 def _seconds(result: dict[str, Any], stock: dict[str, Any], stage: str) -> str:
     own, stocks = result["stages"][stage], stock["stages"][stage]
-    return f"{own:.2f} s" + (f" ({stocks / own:.2f}×)" if result is not stock and own else "")
+    return _clock(own) + (f" ({stocks / own:.2f}×)" if result is not stock and own else "")
+
+
+def _clock(seconds: float) -> str:
+    """Seconds, or below one three figures of milliseconds."""
+    milliseconds = f"{1e3 * seconds:#.3g}".rstrip(".")
+    return f"{seconds:.2f} s" if "e" in milliseconds or seconds >= 1 else f"{milliseconds} ms"
 
 
 def by_case(raw: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:

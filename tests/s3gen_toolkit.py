@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,18 +23,40 @@ def rough_s3gen(size: Any = "tiny", *, meanflow: bool = False) -> Any:
     Stock's biases are zero and its norms and Snakes one at first: whoever forgot them would not be
     found out. F0 lies on both sides of the voiced threshold, by up to some hundred Hz.
     """
-    s3gen = random_s3gen(size, meanflow=meanflow, seed=1)
+    return roughened(random_s3gen(size, meanflow=meanflow, seed=1))
+
+
+def roughened(s3gen: Any) -> Any:
+    """The same S3Gen, changed as `rough_s3gen` says."""
     source = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for part in (s3gen.flow, s3gen.mel2wav):
             for parameter in part.parameters():
                 if parameter.ndim == 1:
                     parameter += 0.2 * torch.randn(parameter.shape, generator=source)
-        if meanflow:
+        if s3gen.meanflow:
             mixer = s3gen.flow.decoder.estimator.time_embed_mixer.weight
             mixer += 0.02 * torch.randn(mixer.shape, generator=source)
         s3gen.mel2wav.f0_predictor.classifier.weight *= 600
     return s3gen
+
+
+def deep_s3gen() -> Any:
+    """Stock's depth; the estimator is narrow, and so are the encoder's feed-forward networks."""
+    s3gen = random_s3gen("tiny")
+    stock = import_module("chatterbox.models.s3gen.s3gen")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        s3gen.flow.decoder.estimator = stock.ConditionalDecoder(
+            channels=[32], attention_head_dim=64, num_heads=2
+        )
+        s3gen.flow.encoder = stock.UpsampleConformerEncoder(
+            input_layer="linear",
+            pos_enc_layer_type="rel_pos_espnet",
+            selfattention_layer_type="rel_selfattn",
+            linear_units=64,
+        )
+    return s3gen.eval()
 
 
 def utterance(

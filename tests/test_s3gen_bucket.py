@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from s3gen_toolkit import relative, rough_s3gen
+from s3gen_toolkit import Engine, relative, rough_s3gen
 from torch import Tensor
 
 from chatterbox_fast.graph import CaptureError
@@ -217,6 +217,9 @@ def test_a_size_without_room_runs_eagerly_and_lets_the_others_be(
     assert capture.call_count == 4, "it is not tried again, and evicts nobody"
     assert len(small._buckets) == 1
     assert small.eager_because is None, "other sizes have room"
+    assert small.without_room == "no memory for a graph of 32 tokens"
+    with mock.patch.object(FlowEngine, "without_room", "no memory"):
+        assert "no memory" in Engine(rough_s3gen()).rows()[0].why, "a report says so"
     small.mel(*large, 3)
     assert capture.call_count == 6, "another number of steps is tried"
 

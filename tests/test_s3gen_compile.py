@@ -11,6 +11,7 @@ import torch
 from s3gen_toolkit import Engine, relative, rough_s3gen, seeded, utterance
 from torch._dynamo.utils import counters
 
+from chatterbox_fast.compiling import why_not_compiled
 from chatterbox_fast.options import Options
 from chatterbox_fast.s3gen import engine as engine_module
 from chatterbox_fast.s3gen import flow as flow_module
@@ -52,8 +53,13 @@ def test_the_solvers_blocks(s3gen: Any) -> None:
         own = inputs(frames)
         assert relative(engine.solve(*own, 3), plain.solve(*own, 3)) < 1e-5
     assert not counters["graph_break"]
+    assert why_not_compiled(engine.blocks) is None
     # Transformers are alike; residual blocks differ in width: from the middle's, and from two.
-    assert 0 < graphs() <= 4
+    assert 0 < (made := graphs()) <= 4
+    for frames in (33, 58):
+        own = inputs(frames)
+        assert relative(engine.solve(*own, 2), plain.solve(*own, 2)) < 1e-5
+    assert graphs() == made, "one for any length"
 
 
 def test_what_is_compiled_is_plain_torch(s3gen: Any) -> None:
@@ -116,6 +122,7 @@ def test_padded_rows_are_compiled_too(s3gen: Any) -> None:
     for ours, theirs in ((own, xs), (found, expected)):
         assert relative(ours[0, :9], theirs[0, :9]) < 1e-5
         assert relative(ours[1], theirs[1]) < 1e-5
+    assert why_not_compiled(engine.blocks) is None
     assert not counters["graph_break"]
 
 
@@ -147,6 +154,7 @@ def test_the_vocoder(s3gen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         excitation = 0.2 * torch.randn(1, 1, 480 * frames)
         found = engine.decode(weights, mel, excitation)
         assert relative(found, decode(weights, mel, excitation)) < 1e-4
+    assert why_not_compiled([engine.decode]) is None
     assert not counters["graph_break"]
     assert graphs() == 1
 

@@ -86,58 +86,6 @@ def test_every_input_reaches_the_mel(s3gen: Any) -> None:
             assert relative(mel(s3gen, arguments | {name: arguments[name].flip(1)}), plain) > 1e-2
 
 
-def test_cut_before_the_lookahead(s3gen: Any) -> None:
-    """Stock fails with finalize=False: its mask has the length from before the cut."""
-    arguments, encoder = utterance(12, 6), s3gen.flow.encoder
-    with pytest.raises(RuntimeError, match="must match the existing size"):
-        mel(s3gen, arguments | {"finalize": False})
-    with Engine(s3gen):
-        found = mel(s3gen, arguments | {"finalize": False})
-
-    def cut(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, mask = type(encoder).forward(encoder, *inputs)
-        return hidden[:, :-6], mask[..., :-6]
-
-    encoder.forward = cut
-    expected = mel(s3gen, arguments)
-    del encoder.forward
-    assert found.shape == (1, 80, 2 * (12 - 3))
-    assert relative(found, expected) < 1e-5
-
-
-@pytest.mark.parametrize("prompt", [6, 2, 0])
-def test_meanflow_is_cut_at_its_end(prompt: int) -> None:
-    """Stock's noise for the speech stays at the speech; what is cut is its tail."""
-    s3gen = rough_s3gen(meanflow=True)
-    noise = torch.randn(1, 80, 2 * 12, generator=torch.Generator().manual_seed(5))
-    own = utterance(12, prompt) | {"meanflow": True, "n_timesteps": 2, "noised_mels": noise}
-    with Engine(s3gen), mock.patch.object(FlowEngine, "mel", autospec=True) as run:
-        run.side_effect = lambda _engine, _tokens, _speaker, _prompt, noise, _steps: noise
-        whole = mel(s3gen, own)
-        cut = mel(s3gen, own | {"finalize": False})
-        short = mel(s3gen, own | {"finalize": False, "noised_mels": noise[..., :4]})
-    assert torch.equal(whole, noise)
-    assert short.shape == cut.shape, "all four frames are cut"
-    assert torch.equal(cut, noise[..., :-6])
-    with Engine(s3gen):
-        found = mel(s3gen, own | {"finalize": False})
-        long = torch.zeros(1, 80, 2 * (12 + prompt) + 1)
-        with pytest.raises(ValueError, match="noised_mels must have at most the"):
-            mel(s3gen, own | {"noised_mels": long})
-    assert found.shape == (1, 80, 18)
-    assert torch.isfinite(found).all()
-
-
-@pytest.mark.parametrize(("tokens", "prompt"), [(3, 0), (2, 0), (1, 0), (3, 6), (2, 6), (0, 6)])
-def test_too_few_tokens_to_be_cut(s3gen: Any, tokens: int, prompt: int) -> None:
-    message = rf"more than 3 tokens beyond prompt_feat's {2 * prompt} frames, got {tokens}$"
-    with Engine(s3gen):
-        with pytest.raises(ValueError, match=message):
-            mel(s3gen, utterance(tokens, prompt) | {"finalize": False})
-        found = mel(s3gen, utterance(4, prompt) | {"finalize": False})
-    assert found.shape == (1, 80, 2)
-
-
 def test_unequal_lengths_are_stocks(s3gen: Any) -> None:
     arguments = utterance(6, 5, rows=2) | {"token_len": torch.tensor([6, 4])}
     expected = mel(s3gen, arguments)
@@ -153,17 +101,19 @@ def test_meanflow_of_an_estimator_without_is_stocks(s3gen: Any) -> None:
         assert torch.equal(mel(s3gen, arguments), expected)
 
 
+@pytest.mark.parametrize("name", ["token", "prompt_token"])
 @pytest.mark.parametrize("token", [6561, -1, 10**6])
-def test_tokens_out_of_range(s3gen: Any, token: int, caplog: pytest.LogCaptureFixture) -> None:
-    arguments = utterance()
-    arguments["token"][0, 3] = token
+def test_tokens_out_of_range(
+    s3gen: Any, name: str, token: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments, good = utterance(), utterance()
+    arguments[name][0, 3] = token
     with caplog.at_level(logging.CRITICAL), pytest.raises(IndexError):
         mel(s3gen, arguments)
-    message = rf"speech tokens must be in \[0, 6561\), got {token}"
+    message = rf"chatterbox_fast: {name} must be in \[0, 6561\), got {token}$"
     with Engine(s3gen):
         with pytest.raises(IndexError, match=message):
             mel(s3gen, arguments)
-        good = utterance()
         found = mel(s3gen, good)
     assert relative(found, mel(s3gen, good)) < 1e-5, "a failed call leaves nothing behind"
 
@@ -175,8 +125,24 @@ def test_lengths_that_do_not_fit(s3gen: Any) -> None:
         with pytest.raises(ValueError, match="at most the 14 frames of all tokens' mel, got 30"):
             mel(s3gen, utterance(3, 4, frames=30))
         assert mel(s3gen, utterance(0, 4)).shape == (1, 80, 0)
-        with pytest.raises(TypeError):  # stock's own: it has no default for None
-            mel(s3gen, utterance() | {"n_timesteps": None})
+
+
+def test_a_prompts_bands(s3gen: Any) -> None:
+    """One stands for all, as in stock; any other number is named."""
+    arguments = utterance()
+    one = arguments | {"prompt_feat": arguments["prompt_feat"][..., :1]}
+    expected = mel(s3gen, one)
+    with Engine(s3gen):
+        assert relative(mel(s3gen, one), expected) < 1e-5
+    for bands in (79, 81, 0):
+        odd = arguments | {"prompt_feat": torch.zeros(1, 20, bands)}
+        with pytest.raises(RuntimeError):
+            mel(s3gen, odd)
+        message = (
+            rf"prompt_feat must have 80 bands, or one for all, got {bands}: \(1, 20, {bands}\)"
+        )
+        with Engine(s3gen), pytest.raises(ValueError, match=message):
+            mel(s3gen, odd)
 
 
 def test_extreme_inputs_stay_finite(s3gen: Any) -> None:
@@ -276,7 +242,7 @@ def test_a_larger_embedding_takes_more_tokens() -> None:
     with Engine(s3gen):
         assert relative(mel(s3gen, arguments), expected) < 1e-5
         arguments["token"][0, 3] = 6570
-        with pytest.raises(IndexError, match=r"must be in \[0, 6570\), got 6570"):
+        with pytest.raises(IndexError, match=r"token must be in \[0, 6570\), got 6570"):
             mel(s3gen, arguments)
 
 

@@ -7,13 +7,12 @@ import ctypes
 import os
 import warnings
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from s3gen_toolkit import Engine, utterance
+from s3gen_toolkit import Engine, deep_s3gen, utterance
 from toolkit import Dispatched
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -33,19 +32,7 @@ MOST = 6000
 
 @pytest.fixture(scope="module")
 def deep() -> Any:
-    """Stock's depth; the estimator is narrow, and so are the encoder's feed-forward networks."""
-    s3gen = random_s3gen("tiny")
-    stock = import_module("chatterbox.models.s3gen.s3gen")
-    s3gen.flow.decoder.estimator = stock.ConditionalDecoder(
-        channels=[32], attention_head_dim=64, num_heads=2
-    )
-    s3gen.flow.encoder = stock.UpsampleConformerEncoder(
-        input_layer="linear",
-        pos_enc_layer_type="rel_pos_espnet",
-        selfattention_layer_type="rel_selfattn",
-        linear_units=64,
-    )
-    return s3gen.eval()
+    return deep_s3gen()
 
 
 def a_request(device: str = "cpu") -> tuple[Tensor, dict[str, Any]]:

@@ -93,6 +93,13 @@ class FlowEngine:
         self._done: torch.cuda.Event | None = None
         settle(self.device)
 
+    @property
+    def without_room(self) -> str | None:
+        """Which utterances run eagerly, as there is no memory for their graph; None: all have."""
+        if not (sizes := sorted({tokens for tokens, _ in self._too_large})):
+            return None
+        return f"no memory for a graph of {', '.join(map(str, sizes))} tokens"
+
     def table(self, n_timesteps: int) -> TimeTable:
         """The time table of `n_timesteps` Euler steps."""
 

@@ -17,6 +17,9 @@ from ..graph import drawing
 from .engine import FlowEngine, VocoderEngine
 from .vocoder import Draws, VocoderWeights, f0, source
 
+STEPS, MEANFLOW_STEPS = 10, 2
+"""Euler steps, as stock's flow_inference() takes them where it is not told how many."""
+
 
 class Utterance(NamedTuple):
     """What the flow turns into a mel.
@@ -38,7 +41,7 @@ def read_utterance(flow: Any, engine: FlowEngine, arguments: dict[str, Any]) -> 
     The values of tokens and lengths are read on the host, all at once: one sync on a GPU.
 
     Raises:
-        ValueError: no tokens, or a prompt_feat longer than the mel of all tokens.
+        ValueError: no tokens, or a prompt_feat of neither one band nor the mel's.
         IndexError: a token that the embedding does not have (stock's own error, but for a GPU,
             where it would take the process's CUDA context with it).
     """
@@ -52,6 +55,13 @@ def read_utterance(flow: Any, engine: FlowEngine, arguments: dict[str, Any]) -> 
     prompt_token, prompt = torch.atleast_2d(prompt_token), prompt[(None,) * (3 - prompt.ndim)]
     if any(len(each) not in (1, rows) for each in (prompt_token, prompt, speaker)):
         return None
+    if prompt.ndim != 3:
+        return None
+    if (bands := prompt.shape[2]) not in (1, flow.output_size):
+        raise ValueError(
+            f"chatterbox_fast: prompt_feat must have {flow.output_size} bands, or one for all, "
+            f"got {bands}: {tuple(prompt.shape)}"
+        )
     tokens = torch.cat([prompt_token.expand(rows, -1), token], dim=1).long()
     if tokens.shape[1] == 0:
         raise ValueError("chatterbox_fast: token and prompt_token must not both be empty")
@@ -60,11 +70,23 @@ def read_utterance(flow: Any, engine: FlowEngine, arguments: dict[str, Any]) -> 
     lowest, highest, shortest, longest = facts.tolist()
     known = len(engine.encoder.tokens)
     if lowest < 0 or highest >= known:
-        bad = lowest if lowest < 0 else highest
-        raise IndexError(f"chatterbox_fast: speech tokens must be in [0, {known}), got {bad}")
+        check_tokens("token", token, known)
+        check_tokens("prompt_token", prompt_token, known)
     if not shortest == longest == tokens.shape[1] <= engine.encoder.longest:
         return None
-    return Utterance(tokens, speaker.expand(rows, -1), prompt.expand(rows, -1, -1))
+    prompt = prompt.expand(rows, -1, flow.output_size)
+    return Utterance(tokens, speaker.expand(rows, -1), prompt)
+
+
+def check_tokens(name: str, tokens: Tensor, known: int) -> None:
+    """Looks at each on the host, so only where one is known to be bad.
+
+    Raises:
+        IndexError: one that the embedding, of `known`, does not have.
+    """
+    for token in tokens.long().flatten().tolist():
+        if not 0 <= token < known:
+            raise IndexError(f"chatterbox_fast: {name} must be in [0, {known}), got {token}")
 
 
 def flow_inference(
@@ -73,7 +95,7 @@ def flow_inference(
     utterance: Utterance,
     *,
     finalize: bool,
-    n_timesteps: int,
+    n_timesteps: int | None,
     noised_mels: Tensor | None,
     generator: torch.Generator | None,
 ) -> Tensor:
@@ -81,7 +103,8 @@ def flow_inference(
 
     Args:
         finalize: False cuts the frames whose tokens have not been followed by the lookahead yet.
-        n_timesteps: Euler steps.
+        n_timesteps: Euler steps. None, which stock's own S3Gen.forward() hands on by default and
+            fails at, is as many as its flow_inference() takes by default.
         noised_mels: ``(B, 80, M')``, takes the place of the last M' frames of noise (meanflow), of
             those before finalize=False cuts them: stock gives as many as the speech has, so that
             they begin where the prompt ends.
@@ -98,6 +121,8 @@ def flow_inference(
         first = check_noised_mels(noised_mels, whole)
         noise[..., first:] = noised_mels[..., : max(frames - first, 0)]
     noise = noise.transpose(1, 2).contiguous()
+    if n_timesteps is None:
+        n_timesteps = MEANFLOW_STEPS if flow.decoder.estimator.meanflow else STEPS
     mel = engine.mel(utterance.tokens, speaker, prompt.to(noise.dtype), noise, n_timesteps)
     return mel[:, prompt.shape[1] :].transpose(1, 2)
 

@@ -31,7 +31,7 @@ def flow_site(s3gen: Any, options: Options) -> Site:
             return [Row("s3gen.flow", "stock", "torch", engine)]
         not_compiled = why_not_compiled(engine.blocks)
         how = how_it_runs(options.compile and not_compiled is None, engine.eager_because)
-        why = (engine.why, not_compiled, engine.eager_because)
+        why = (engine.why, not_compiled, engine.eager_because, engine.without_room)
         weights = (engine.encoder, engine.solver)
         return [
             engine_row("s3gen.flow", engine.precision, engine.device, how, why),

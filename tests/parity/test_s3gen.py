@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from s3gen_toolkit import Engine, relative, rough_s3gen, seeded, utterance
+from s3gen_toolkit import Engine, deep_s3gen, relative, rough_s3gen, roughened, seeded, utterance
 from torch import Tensor
 
 from chatterbox_fast.s3gen.runner import draw_source
@@ -35,6 +35,7 @@ def meanflow() -> Any:
         {"tokens": 1, "prompt": 3},
         {"tokens": 60, "prompt": 7, "seed": 1},
         {"tokens": 9, "prompt": 4, "frames": 7, "seed": 2},
+        {"tokens": 9, "prompt": 4, "frames": 11, "seed": 2},
         {"tokens": 5, "prompt": 0},
         {"tokens": 6, "prompt": 5, "rows": 2},
     ],
@@ -49,6 +50,23 @@ def test_mel_is_stocks(s3gen: Any, case: dict[str, Any], n_timesteps: int) -> No
     assert nothing is None
     assert relative(found, expected) <= MEL
     assert torch.equal(after, state)
+
+
+def test_mel_is_stocks_at_its_depth() -> None:
+    """Where errors add up: every block that stock has, ten steps of them."""
+    s3gen, arguments = roughened(deep_s3gen()), utterance(5, 3)
+    expected, _ = seeded(lambda: s3gen.flow.inference(**arguments)[0])
+    with Engine(s3gen):
+        found, _ = seeded(lambda: s3gen.flow.inference(**arguments)[0])
+    assert relative(found, expected) <= MEL
+
+
+def test_a_prompt_of_a_minute(s3gen: Any) -> None:
+    arguments = utterance(10, 1500) | {"n_timesteps": 1}
+    expected, _ = seeded(lambda: s3gen.flow.inference(**arguments)[0])
+    with Engine(s3gen):
+        found, _ = seeded(lambda: s3gen.flow.inference(**arguments)[0])
+    assert relative(found, expected) <= MEL
 
 
 @pytest.mark.parametrize("n_timesteps", [2, 1, 5])
