@@ -44,7 +44,7 @@ test-emulated-kernels: $(VENV)/.ready
 	  --deselect tests/test_add_norm.py::TestOnAGpu::test_places_beyond_32_bits $(ARGS)
 test-emulated-engines: $(VENV)/.ready
 	EMULATED_GPU_BY_CPU_OP=large $(EMULATED_GPU) -m gpu tests/test_emulated_gpu.py \
-	  tests/test_engine.py tests/test_graph.py tests/test_s3gen_*.py tests/parity $(ARGS)
+	  tests/test_engine.py tests/test_pool.py tests/test_graph.py tests/test_s3gen_*.py tests/parity $(ARGS)
 
 # Thousands of modules are compiled when they are imported, which most never are.
 INSTALL := pip install -q --no-compile

@@ -15,8 +15,23 @@ _capturing = Lock()
 _beginning = Lock()
 
 
+CAPTURES = 3
+"""How many may fail before nobody tries again: what somebody else did in this moment may have ended
+the first."""
+
+
 class CaptureError(RuntimeError):
     """What was to be captured cannot be."""
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What a RuntimeError says that is none of torch's own: CUDA's, a CPU's, cuBLAS's."""
+
+
+def is_out_of_memory(failure: BaseException) -> bool:
+    """Whether memory ran out. Only torch's allocator for a GPU has an error of its own for it."""
+    said = isinstance(failure, RuntimeError) and any(s in str(failure) for s in _OUT_OF_MEMORY)
+    return said or isinstance(failure, torch.OutOfMemoryError)
 
 
 def graphs_wanted() -> bool:
@@ -122,7 +137,7 @@ def capture(
         raise
     except RuntimeError as failure:
         said = str(failure).splitlines()[0]
-        if "out of memory" in said:  # the driver's, for the graph itself
+        if is_out_of_memory(failure):  # a library's, or the driver's for the graph itself
             raise torch.OutOfMemoryError(f"the capture failed: {said}") from failure
         raise CaptureError(f"the capture failed: {said}") from failure
 

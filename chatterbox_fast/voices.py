@@ -62,7 +62,16 @@ def _rebound(value: Any, model: Any, view: Any) -> Any:
 
 
 def _own_conditionals(conds: Any) -> Any:
-    """A copy of stock's `Conditionals` that shares tensors but no container."""
+    """A copy of stock's `Conditionals` that shares tensors but no container.
+
+    Raises:
+        TypeError: it is something else, such as the dictionary that is ChatterboxVC's voice.
+    """
+    if not (hasattr(conds, "t3") and isinstance(getattr(conds, "gen", None), dict)):
+        raise TypeError(
+            "chatterbox_fast: model.conds must be Conditionals, which prepare_conditionals() sets "
+            f"and Conditionals.load() reads, got a {type(conds).__qualname__}"
+        )
     own = copy.copy(conds)
     own.t3, own.gen = copy.copy(conds.t3), dict(conds.gen)
     return own

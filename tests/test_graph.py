@@ -307,6 +307,12 @@ def test_out_of_memory_is_told_apart(device: Device) -> None:
     device.invalid = False
     with pytest.raises(torch.OutOfMemoryError, match="the capture failed: CUDA error"):
         capture(nth_run(3, drivers), GPU)
+
+    def librarys() -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+
+    with pytest.raises(torch.OutOfMemoryError, match="the capture failed: .*ALLOC_FAILED"):
+        capture(nth_run(1, librarys), GPU)
     assert device.current is device.default
 
 

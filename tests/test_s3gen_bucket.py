@@ -15,7 +15,7 @@ import torch
 from s3gen_toolkit import Engine, relative, rough_s3gen
 from torch import Tensor
 
-from chatterbox_fast.graph import CaptureError
+from chatterbox_fast.graph import CAPTURES, CaptureError
 from chatterbox_fast.options import Options
 from chatterbox_fast.recent import Recent
 from chatterbox_fast.s3gen import bucket as buckets
@@ -189,16 +189,32 @@ def test_a_bucket_is_captured_once_a_size(
     assert len(small._buckets) == 2
 
 
-def test_after_a_failed_capture_it_runs_eagerly(
+def test_after_failed_captures_it_runs_eagerly(
     small: FlowEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = inputs(5, 2)
     small.mel(*inputs(12, 2), 2)
     failure = CaptureError("the capture failed: it was raining")
-    monkeypatch.setattr(engines, "capture", failing(failure))
-    assert torch.equal(small.mel(*own, 2), eager_mel(small, own, 2))
+    capture = mock.Mock(wraps=failing(failure))
+    monkeypatch.setattr(engines, "capture", capture)
+    for number in range(1, CAPTURES + 2):
+        assert torch.equal(small.mel(*own, 2), eager_mel(small, own, 2))
+        assert len(small._buckets) == 0, "nobody will use their memory"
+        assert capture.call_count == min(number, CAPTURES)
+        assert (small.eager_because is None) == (number < CAPTURES)
     assert small.eager_because == "the capture failed: it was raining"
-    assert len(small._buckets) == 0, "nobody will use their memory"
+
+
+def test_a_capture_that_failed_once_is_tried_again(
+    small: FlowEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = inputs(5, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "capture", failing(CaptureError("the capture failed")))
+        small.mel(*own, 2)
+    assert len(small._buckets) == 0
+    small.mel(*own, 2)
+    assert len(small._buckets) == 1
 
 
 def test_a_size_without_room_runs_eagerly_and_lets_the_others_be(

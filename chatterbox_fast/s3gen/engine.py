@@ -16,6 +16,7 @@ from .. import selftest
 from ..compiling import Compiled
 from ..dispatch import Choice, requested_backend
 from ..graph import (
+    CAPTURES,
     CaptureError,
     Pool,
     capture,
@@ -89,6 +90,7 @@ class FlowEngine:
         self._tables: Recent[int, TimeTable] = Recent(TABLES)
         self._buckets: Recent[tuple[int, int], Bucket] = Recent(BUCKETS)
         self._too_large: set[tuple[int, int]] = set()
+        self._failed_captures = 0
         self._turn = Lock()
         self._done: torch.cuda.Event | None = None
         settle(self.device)
@@ -130,7 +132,7 @@ class FlowEngine:
                 if mel is not None:
                     return mel
             except CaptureError as failure:
-                self._stay_eager(str(failure))
+                self._capture_failed(str(failure))
         frames = noise.shape[1]
         mu = encode(self.encoder, tokens)[:, :frames]
         prompt = F.pad(prompt, (0, 0, 0, frames - prompt.shape[1]))
@@ -168,10 +170,12 @@ class FlowEngine:
                 if self.device.type == "cuda":
                     self._done = torch.cuda.current_stream(self.device).record_event()
 
-    def _stay_eager(self, why: str) -> None:
-        """No graphs from now on, nor what those that there are take."""
-        self.eager_because = why
+    def _capture_failed(self, why: str) -> None:
+        """Lets all graphs go, whose pool takes no other then; after some failures for good."""
         with self._turn:
+            self._failed_captures += 1
+            if self._failed_captures == CAPTURES:
+                self.eager_because = why
             settle_all(self.device)
             self._forget()
 

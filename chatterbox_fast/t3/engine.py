@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary, WeakMethod
@@ -12,15 +13,17 @@ from torch import Tensor
 
 from .. import dispatch, selftest
 from ..graph import (
+    CAPTURES,
     CaptureError,
     capture,
     free_cached,
     graph_settings,
+    is_out_of_memory,
     settle,
     settle_all,
     why_no_graph,
 )
-from ..modules import signature
+from ..modules import Fingerprint, signature
 from ..options import Options
 from ..overrides import is_ours
 from ..precision import choose_precision
@@ -28,7 +31,7 @@ from ..recent import Recent
 from . import weights as packing
 from .backbone import EAGER, compiled_layers
 from .decode_step import decode_step
-from .pool import Slot, SlotPool
+from .pool import Slot, SlotPool, kept_bytes
 from .prefill import MOST_VOICES, VoicePrefix, check_conditioning, voice_prefix
 from .state import CAPACITIES, DecodeState
 from .support import head_dim
@@ -68,8 +71,13 @@ class Engine:
             self.eager_because = "the reference draws from a generator"
         self.stop_token: int = t3.hp.stop_speech_token
         new_slot = WeakMethod(self._new_slot)  # no cycle: an engine's memory is freed with it
-        self.slots = SlotPool(lambda rows, capacity: new_slot()(rows, capacity))  # type: ignore[misc]
+
+        def make(rows: int, capacity: int) -> Slot:
+            return new_slot()(rows, capacity)  # type: ignore[misc]
+
+        self.slots = SlotPool(make, kept_bytes(self.device))
         self._voices: Recent[bytes, VoicePrefix] = Recent(MOST_VOICES)
+        self._conditioning = Fingerprint(t3.cond_enc)
         self._rotary = t3.tfmr.rotary_emb
 
     @property
@@ -87,8 +95,15 @@ class Engine:
         """Whether the random state lives in device memory, where a kernel advances it."""
         return self.device.type == "cuda" and self.sampler != "reference"
 
-    def voice(self, t3: Any, t3_cond: Any) -> VoicePrefix:
+    def conditions_like(self, t3: Any) -> bool:
+        """Whether `t3` would still make of a voice what it did when the engine was made."""
+        return self._conditioning.is_still(t3.cond_enc)
+
+    def voice(self, t3: Any, t3_cond: Any, key: bytes | None = None) -> VoicePrefix:
         """What the voice leaves in the KV cache; computed once.
+
+        Args:
+            key: what `check_conditioning` returned for it, where it was asked before.
 
         Raises:
             ValueError: see `check_conditioning`.
@@ -100,7 +115,7 @@ class Engine:
             settle(self.device)
             return prefix
 
-        return self._voices.get(check_conditioning(t3, t3_cond), make)
+        return self._voices.get(key or check_conditioning(t3, t3_cond), make)
 
     def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         """cos and sin ``(positions, D)``, computed by stock's own rotary module."""
@@ -136,12 +151,19 @@ class Engine:
 
         if self.eager_because is not None:
             return Slot(state, eager)
-        try:
-            replay = capture(lambda: eager(capacity, None), self.device)
-        except CaptureError as failure:
-            self.eager_because = str(failure)
-            return Slot(state, eager)
-        return Slot(state, lambda _slots, _generator: replay())
+        replay = self._capture(lambda: eager(capacity, None))
+        return Slot(state, eager if replay is None else lambda _slots, _generator: replay())
+
+    def _capture(self, step: Callable[[], None]) -> Callable[[], None] | None:
+        """`step` as a graph; None where that fails time and again, and then nothing is captured."""
+        said = ""
+        for _ in range(CAPTURES):
+            try:
+                return capture(step, self.device)
+            except CaptureError as failure:
+                said = str(failure)
+        self.eager_because = said
+        return None
 
 
 class Engines:
@@ -163,11 +185,12 @@ class Engines:
         with self._lock:
             asked = dispatch.requested_backend(self._options.backend), graph_settings()
             known, engine = self._of.get(t3, (None, None))
-            if engine is not None and known == (asked, signature(t3)):
+            now = asked, signature(t3)
+            if engine is not None and known == now and engine.conditions_like(t3):
                 return engine
             if engine is not None:
                 settle_all(engine.device)
-            del engine, known  # their memory is the new one's
+            del engine, known, now  # their memory is the new one's
             self._of.pop(t3, None)
             try:
                 engine = self._new(t3)
@@ -214,12 +237,6 @@ class Engines:
         if self._sent is not None:
             self._sent.bring_home()
             self._sent = None
-
-
-def is_out_of_memory(failure: BaseException) -> bool:
-    """Whether memory ran out: on a CPU torch says so in a RuntimeError."""
-    cpu = isinstance(failure, RuntimeError) and "can't allocate memory" in str(failure)
-    return cpu or isinstance(failure, torch.OutOfMemoryError)
 
 
 def out_of_memory(device: torch.device, said: str) -> torch.OutOfMemoryError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Lock, Semaphore
 
@@ -16,11 +16,21 @@ from .state import DecodeState, capacity_for
 AT_ONCE = 8
 """Requests of one model that decode at the same time; the next one waits."""
 KEPT_BYTES = 2**30
-"""Idle KV caches of one model that are kept for the next request: one of each size up to 1024
-positions in float32, two in half precision."""
+"""Idle KV caches of one model that are kept for the next request, at least: one of each size up to
+1024 positions in float32, two in half precision."""
+KEPT_SHARE = 1 / 8
+"""Of a GPU's memory, where that is more: eight requests that grew to 1024 positions leave 3.5 GB in
+half precision (63, 126 and 252 MB each), and what is not kept costs the next one a capture."""
 
 Step = Callable[[int, "torch.Generator | None"], None]
 """(slots attention looks at, generator) -> runs one decode step on its own state."""
+
+
+def kept_bytes(device: torch.device) -> int:
+    """How much of the idle KV caches is kept on `device`."""
+    if device.type != "cuda":
+        return KEPT_BYTES
+    return max(KEPT_BYTES, int(KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory))
 
 
 @dataclass(eq=False)
@@ -58,12 +68,17 @@ class Lease:
 class SlotPool:
     """Slots of one engine.
 
-    Bounded twice: `AT_ONCE` requests at a time, however often they grow, and `KEPT_BYTES` idle.
+    Bounded twice: `AT_ONCE` requests at a time, however often they grow, and what is kept idle.
     """
 
-    def __init__(self, make: Callable[[int, int], Slot]) -> None:
-        """`make`: (rows, capacity) -> a new slot."""
+    def __init__(self, make: Callable[[int, int], Slot], most_kept: int) -> None:
+        """
+        Args:
+            make: (rows, capacity) -> a new slot.
+            most_kept: bytes of idle KV caches.
+        """
         self._make = make
+        self.most_kept = most_kept
         self._permits = Semaphore(AT_ONCE)
         self._lock = Lock()
         self._idle: list[Slot] = []
@@ -77,7 +92,11 @@ class SlotPool:
         """
         with self._permits:
             lease = Lease(self, self.take(rows, positions))
-            yield lease
+            try:
+                yield lease
+            except BaseException:
+                _settle_after_failure(lease.slot.state.position.device)
+                raise
             self.give_back(lease.slot)
 
     def take(self, rows: int, positions: int) -> Slot:
@@ -92,11 +111,11 @@ class SlotPool:
 
     def give_back(self, slot: Slot) -> None:
         """Keeps `slot` for the next request unless it is too large; those idle for longest go."""
-        if slot.state.bytes > KEPT_BYTES:
+        if slot.state.bytes > self.most_kept:
             return
         with self._lock:
             self._idle.append(slot)
-            while sum(s.state.bytes for s in self._idle) > KEPT_BYTES:
+            while sum(s.state.bytes for s in self._idle) > self.most_kept:
                 del self._idle[0]
 
     def clear(self) -> None:
@@ -106,3 +125,12 @@ class SlotPool:
 
     def __len__(self) -> int:
         return len(self._idle)
+
+
+def _settle_after_failure(device: torch.device) -> None:
+    """Waits for the steps on the way: their buffers' memory may be given to another stream.
+
+    What failed says more than a device that is lost.
+    """
+    with suppress(RuntimeError):
+        settle(device)

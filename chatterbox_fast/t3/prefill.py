@@ -24,6 +24,9 @@ Rotary = Callable[[int], tuple[Tensor, Tensor]]
 MOST_VOICES = 16
 """Prefixes that are kept: 8 MB each at full size in float32."""
 
+_PROMPT = ("cond_prompt_speech_tokens", "cond_prompt_speech_emb")
+"""Which voices need not have; the second is stock's own embedding of the first, if it is there."""
+
 
 class VoicePrefix(NamedTuple):
     """What a voice leaves in the cache: ``(L, 1, H, P, D)`` each, for P positions."""
@@ -41,18 +44,21 @@ def check_conditioning(t3: Any, t3_cond: Any) -> bytes:
     """The key of a voice: a digest of all its values, which are read on the host once.
 
     Raises:
-        ValueError: a field that this model needs is missing, has another shape, is on another
-            device, or is not finite: a voice that was prepared by a model of another class.
+        ValueError: a field that this model needs is missing, or one that it does not take is
+            there; one has another shape, is on another device, or is not finite: a voice that was
+            prepared by a model of another class.
     """
+    clap = getattr(t3_cond, "clap_emb", None)
+    _must(clap is None, "clap_emb", "None, as in stock", f"a {type(clap).__qualname__}")
     digest = hashlib.blake2b()
-    sizes = {"speaker_emb": t3.hp.speaker_embed_size, "emotion_adv": 1}
-    wanted = {"speaker_emb", *(["emotion_adv"] if t3.hp.emotion_adv else [])}
-    for name in ("speaker_emb", "cond_prompt_speech_tokens", "cond_prompt_speech_emb",
-                 "emotion_adv"):  # fmt: skip
+    sizes = {"speaker_emb": t3.hp.speaker_embed_size}
+    if t3.hp.emotion_adv:
+        sizes["emotion_adv"] = 1
+    for name in (*sizes, *_PROMPT):
         value: Any = getattr(t3_cond, name, None)
-        if not torch.is_tensor(value):
-            _must(name not in wanted, name, "a tensor for this model", value)
+        if value is None and name in _PROMPT:
             continue
+        _must(torch.is_tensor(value), name, "a tensor for this model", value)
         size = sizes.get(name)
         _must(size in (None, value.numel()), name, f"of {size} values", tuple(value.shape))
         _must(value.device == t3.device, name, f"on {t3.device} as T3 is", value.device)
@@ -64,15 +70,22 @@ def check_conditioning(t3: Any, t3_cond: Any) -> bytes:
         _must(fits, name, "of an integer dtype" if whole else f"{own}", host.dtype)
         digest.update(f"{name} {host.dtype} {tuple(value.shape)}".encode())
         digest.update(host.view(torch.uint8).numpy().tobytes())
-    _check_prompt(t3, getattr(t3_cond, "cond_prompt_speech_tokens", None))
+    _check_prompt(t3, *(getattr(t3_cond, name, None) for name in _PROMPT))
     return digest.digest()
 
 
-def _check_prompt(t3: Any, tokens: Tensor | None) -> None:
-    if tokens is None or not tokens.numel():
+def _check_prompt(t3: Any, tokens: Tensor | None, embedded: Tensor | None) -> None:
+    if embedded is not None:
+        name, shape = "cond_prompt_speech_emb", tuple(embedded.shape)
+        _must(tokens is not None, name, "None without cond_prompt_speech_tokens", shape)
+        fits = len(shape) == 3 and (shape[0], shape[2]) == (1, t3.dim)
+        _must(fits, name, f"(1, n, {t3.dim})", shape)
+    if tokens is None:
         return
     name, vocabulary = "cond_prompt_speech_tokens", t3.speech_emb.num_embeddings
     _must(tokens.dim() == 2 and len(tokens) == 1, name, "(1, n)", tuple(tokens.shape))
+    if not tokens.numel():
+        return
     known = int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary
     _must(known, name, f"in [0, {vocabulary})", f"{int(tokens.min())} to {int(tokens.max())}")
     most = t3.speech_pos_emb.emb.num_embeddings
@@ -85,6 +98,18 @@ def _must(ok: bool, name: str, must: str, got: object) -> None:
             f"chatterbox_fast: the voice's {name} must be {must}, got {got}; "
             "was it prepared by a model of another class?"
         )
+
+
+def prefix_length(t3: Any, t3_cond: Any) -> int:
+    """The positions of a voice that `check_conditioning` let pass: what stock's T3CondEnc makes.
+
+    One is the speaker's, one the emotion's.
+    """
+    tokens, embedded = (getattr(t3_cond, name, None) for name in _PROMPT)
+    prompt = tokens if embedded is None else embedded
+    if prompt is not None and t3.hp.use_perceiver_resampler:
+        prompt = t3.cond_enc.perceiver.pre_attention_query
+    return 1 + (0 if prompt is None else prompt.shape[1]) + bool(t3.hp.emotion_adv)
 
 
 def voice_prefix(

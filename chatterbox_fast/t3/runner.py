@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..graph import is_out_of_memory
 from ..request import current_request
 from ..rng import PhiloxStream
 from ..sampling import SamplingParams
 from .decode_step import draw_token
-from .engine import Engine, is_out_of_memory, out_of_memory
+from .engine import Engine, out_of_memory
 from .pool import Lease
-from .prefill import VoicePrefix, prefill, text_embeds
+from .prefill import VoicePrefix, check_conditioning, prefill, prefix_length, text_embeds
 from .state import CAPACITIES, DecodeState
 
 
@@ -75,9 +76,10 @@ def inference(
     limit = check_max_new_tokens(t3, max_new_tokens)
     initial = check_initial_speech_tokens(t3, initial_speech_tokens)
     try:
-        voice = engine.voice(t3, t3_cond)
+        key = check_conditioning(t3, t3_cond)
         given = 1 if initial is None else initial.shape[1]
-        check_length(voice.length + text.shape[1] + given + 1, limit)
+        check_length(prefix_length(t3, t3_cond) + text.shape[1] + given + 1, limit)
+        voice = engine.voice(t3, t3_cond, key)
         embeds = text_embeds(t3, text, initial, cfg_weight)
         return _speak(engine, voice, embeds, sampling, t3.hp.start_speech_token, limit, generator)
     except RuntimeError as failure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,9 @@ def test_exaggeration_belongs_to_its_request(english: Any, monkeypatch: pytest.M
 
     stock = Engine.voice
 
-    def watched(self: Engine, t3: Any, t3_cond: Any) -> Any:
+    def watched(self: Engine, t3: Any, t3_cond: Any, key: bytes) -> Any:
         used.append(float(t3_cond.emotion_adv))
-        return stock(self, t3, t3_cond)
+        return stock(self, t3, t3_cond, key)
 
     monkeypatch.setattr(Engine, "voice", watched)
     with patched(english):
@@ -126,28 +127,25 @@ def test_without_a_watermark(english: Any) -> None:
     assert watermarker.get_watermark(plain[0].numpy(), sample_rate=english.sr) < 0.5
 
 
+@pytest.mark.parametrize(("precision", "counts"), [("exact", (2,)), ("bf16", (2, 8))])
 def test_requests_at_once_keep_their_voice_and_seed(
-    english: Any, voices: tuple[Path, Path]
+    english: Any, voices: tuple[Path, Path], precision: str, counts: tuple[int, ...]
 ) -> None:
     requests = [
         {"text": TEXT, "audio_prompt_path": voices[n % 2], "seed": n, "exaggeration": 0.3 + n / 10}
-        for n in range(4)
+        for n in range(max(counts))
     ]
-    with patched(english):
+    with patched(english, precision=precision):
         alone = [english.generate(**request) for request in requests]
-        results: dict[int, Tensor] = {}
-
-        def speak(number: int) -> None:
-            results[number] = english.generate(**requests[number])
-
-        threads = [threading.Thread(target=speak, args=(n,)) for n in range(len(requests))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once = []
+        for count in counts:
+            with ThreadPoolExecutor(count) as threads:
+                speak = lambda request: english.generate(**request)  # noqa: E731
+                at_once.append(list(threads.map(speak, requests[:count])))
     assert len({tuple(wav[0, :4000].tolist()) for wav in alone}) == len(alone)
-    for number, expected in enumerate(alone):
-        assert same_audio(results[number], expected), number
+    for results in at_once:
+        for number, wav in enumerate(results):
+            assert same_audio(wav, alone[number]), (len(results), number)
 
 
 def test_bad_input_raises_and_the_model_stays_usable(english: Any, tmp_path: Path) -> None:
