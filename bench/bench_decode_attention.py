@@ -22,13 +22,16 @@ from chatterbox_fast import ops
 from chatterbox_fast.reference import decode_attention as in_torch
 
 HEADS, DIM = 16, 64
+_SIZES = (
+    *itertools.product((2, 32), (100, 250, 500, 1000), (torch.bfloat16, torch.float32)),
+    *itertools.product((1,), (100, 1000), (torch.bfloat16,)),  # Turbo's one
+    *itertools.product((2,), (100, 1000), (torch.float16,)),  # of GPUs without bfloat16
+)
 CASES = {
-    f"{rows} rows, {positions} positions, {str(dtype).removeprefix('torch.')}": (
+    f"{rows} row{'s' * (rows > 1)}, {positions} positions, {str(dtype).removeprefix('torch.')}": (
         rows, positions, dtype,
     )
-    for rows in (2, 32)
-    for positions in (100, 250, 500, 1000)
-    for dtype in (torch.bfloat16, torch.float32)
+    for rows, positions, dtype in _SIZES
 }  # fmt: skip
 _BEYOND_CACHES = 256 * 2**20
 

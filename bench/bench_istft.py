@@ -1,4 +1,5 @@
-"""istft against stock, and a transposed convolution, compiled: pytest bench --benchmark-only
+"""istft against stock and a transposed convolution, eager and compiled: pytest bench
+--benchmark-only
 
 One row. Stock and the convolution get the spectrum as their last convolution makes it, channels
 first; the op gets it channels last. Stock, the end of HiFTGenerator.decode, is written out here: a
@@ -52,7 +53,7 @@ def by_stock(x: Tensor, window: Tensor) -> Tensor:
 class Convolution:
     """The inverse transform and the overlap as one transposed convolution, by torch.
 
-    What torch.compile gets: stock's complex numbers it leaves as they are.
+    For torch.compile, which leaves stock's complex numbers as they are.
     """
 
     def __init__(self, job: Job) -> None:
@@ -79,6 +80,11 @@ def stock(job: Job) -> Callable[[], Tensor]:
     return lambda: by_stock(job.channels_first, job.window)
 
 
+def stock_compiled(job: Job) -> Callable[[], Tensor]:
+    compiled = torch.compile(by_stock, fullgraph=True, dynamic=False)
+    return lambda: compiled(job.channels_first, job.window)
+
+
 def convolution(job: Job) -> Callable[[], Tensor]:
     module = Convolution(job)
     return lambda: module(job.channels_first)
@@ -91,7 +97,8 @@ def convolution_compiled(job: Job) -> Callable[[], Tensor]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    "make", [stock, convolution, convolution_compiled, extension, triton, reference]
+    "make",
+    [stock, stock_compiled, convolution, convolution_compiled, extension, triton, reference],
 )
 def bench_istft(benchmark: Any, device: torch.device, case: str, make: Any) -> None:
     with torch.inference_mode():

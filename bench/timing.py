@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from chatterbox_fast import dispatch
+from chatterbox_fast import selftest
 from chatterbox_fast.demo import commit_id, describe_machine
 
 ROUNDS = 200
 GRAPH_CALLS = 20
-_L2_BYTES = 256 * 2**20  # more than any GPU's L2
+_FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
 
 
 def compare(
@@ -27,7 +27,7 @@ def compare(
 ) -> None:
     """Times one implementation of `op` on `device`, once it is seen to be right.
 
-    Skips the implementations of this package that `device` does not have.
+    Skips the implementations of this package that `device` does not have, or that fail there.
 
     Args:
         make: named as the implementation: `work` -> the call to time.
@@ -35,8 +35,10 @@ def compare(
         verify: (inputs, call) raises where the call is wrong.
     """
     wanted = {"extension": "cuda", "triton": "triton"}.get(make.__name__)
-    if wanted and dispatch.choose(op, device, wanted).backend != make.__name__:  # type: ignore[arg-type]
-        pytest.skip(f"no {make.__name__} for {device.type} here")
+    if wanted:
+        found = selftest.choose(op, device, wanted, torch.float32)  # type: ignore[arg-type]
+        if found.backend != make.__name__:
+            pytest.skip(f"no {make.__name__} for {device.type} here: {found.reason}")
     inputs = work(device)
     call = make(inputs)
     verify(inputs, call)
@@ -85,17 +87,18 @@ def measure(
 
     Args:
         bytes_moved: what the call must read and write at least. On a GPU it is set against the
-            bandwidth of a large copy, measured in the same process.
+            bandwidth of a large copy, measured in the same process; in a graph only where it is
+            more than the L2 cache holds, from which calls one after another read otherwise.
     """
     for _ in range(10):
         call()
     if device.type == "cuda":
-        samples = _cold(call)
+        samples, l2_bytes = _cold(call), torch.cuda.get_device_properties(device).L2_cache_size
         graph = f"{GRAPH_CALLS} calls, warm L2"
         benchmark.extra_info["timing"] = f"CUDA events, cold L2 (in a graph: {graph})"
         peak = _copy_bandwidth()
     else:
-        samples, peak = None, None
+        samples, l2_bytes, peak = None, 0, None
         benchmark.extra_info["timing"] = "wall clock, warm"
     benchmark.pedantic(call, rounds=ROUNDS, warmup_rounds=0)
     if samples is None:
@@ -110,8 +113,18 @@ def measure(
         "graph_us": graph_us,
         "no_graph": no_graph,
         "bytes": bytes_moved,
-        "share_of_copy_bandwidth": None if peak is None else bytes_moved / (median * 1e-6) / peak,
+        "share_of_copy_bandwidth": _share(peak, bytes_moved, median),
+        "graph_share_of_copy_bandwidth": (
+            _share(peak, bytes_moved, graph_us) if bytes_moved > l2_bytes else None
+        ),
     }
+
+
+def _share(peak: float | None, bytes_moved: int, microseconds: float | None) -> float | None:
+    """Of `peak`, bytes a second."""
+    if peak is None or microseconds is None:
+        return None
+    return bytes_moved / (microseconds * 1e-6) / peak
 
 
 def graph_time(device: torch.device, call: Callable[[], Any]) -> tuple[float | None, str | None]:
@@ -161,11 +174,14 @@ def _elapsed(work: Callable[[], Any]) -> float:
 
 
 def _cold(call: Callable[[], Any]) -> list[float]:
-    """Microseconds of each call, the L2 cache overwritten before it."""
-    flush = torch.empty(_L2_BYTES, dtype=torch.uint8, device="cuda")
+    """Microseconds of each call, the L2 cache full of something else that was read before it.
+
+    Had that been written, it would go from the cache to memory while the call is timed.
+    """
+    flush = torch.zeros(_FLUSH_BYTES // 4, device="cuda")
     samples = []
     for _ in range(ROUNDS):
-        flush.zero_()
+        flush.sum()
         samples.append(_elapsed(call))
     return samples
 

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from . import dispatch, reference
 from . import fakes as fakes  # registers them
 from .options import Backend
+from .triton_kernels import checks
 
 MAX_SKINNY_ROWS = 8
 """The most rows of x that skinny_linear takes."""
@@ -74,24 +75,35 @@ def _cfg_sample(
     params: Tensor,
     flags: Tensor,
     *,
+    stop_token: int,
     stop_action: Tensor | None = None,
+    turbo: bool = False,
+    forget: int = -1,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     philox: Tensor | None = None,
-    **rules: Any,
 ) -> Tensor:
-    if philox is None and isinstance(generator, Sequence):
+    rules: dict[str, Any] = {"stop_token": stop_token, "turbo": turbo, "forget": forget}
+    has_kernel = backend == "extension" or (backend == "triton" and philox is not None)
+    by_rows = generator if philox is None and isinstance(generator, Sequence) else None
+    if by_rows is not None or not has_kernel:  # which checks by itself
+        checks.cfg_sample(
+            logits, seen, params, flags, philox, stop_action, stop_token=stop_token, forget=forget,
+            float64=not has_kernel,
+        )  # fmt: skip
+    if by_rows is not None:
         return _row_by_row(
-            backend, logits, seen, params, flags, generator, stop_action=stop_action, **rules
+            backend, logits, seen, params, flags, by_rows, stop_action=stop_action, **rules
         )
     if philox is None and logits.is_cuda and backend != "reference":
         raise RuntimeError("chatterbox_fast::cfg_sample: philox must be given on CUDA, got None")
-    threads = 0 if philox is None else philox_threads(seen.shape[1], logits.device)
+    # Of a shape that is not (R, V) too, which the kernels name.
+    threads = 0 if philox is None else philox_threads(seen.shape[-1:].numel(), logits.device)
     if backend == "extension":
         return torch.ops.chatterbox_fast.cfg_sample.default(
             logits, seen, params, flags, philox, stop_action,
             generator if philox is None else None, philox_threads=threads, **rules,
         )  # fmt: skip
-    if backend == "triton" and philox is not None:
+    if has_kernel:
         from .triton_kernels.cfg_sample import cfg_sample as twin
 
         return twin(logits, seen, params, flags, philox, stop_action, threads, **rules)
@@ -184,7 +196,7 @@ def skinny_linear(
     Raises:
         RuntimeError: an argument of another shape, dtype or device than documented.
     """
-    if _differentiated(x, weight, scale, norm, residual):
+    if differentiated(x, weight, scale, norm, residual):
         backend = "reference"
     choice = dispatch.choose("skinny_linear", x.device, backend, x.dtype)
     kernel = skinny_linear_by(choice.backend)
@@ -202,7 +214,7 @@ def skinny_linear_by(backend: str) -> Callable[..., Tensor]:
     return reference.skinny_linear
 
 
-def _differentiated(*tensors: Tensor | None) -> bool:
+def differentiated(*tensors: Tensor | None) -> bool:
     """Whether autograd follows one of them, backward or forward: the kernels have no gradient."""
     given = [tensor for tensor in tensors if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
@@ -246,7 +258,7 @@ def decode_attention(
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or device than documented.
     """
-    if _differentiated(qkv):
+    if differentiated(qkv):
         backend = "reference"
     choice = dispatch.choose("decode_attention", qkv.device, backend, qkv.dtype)
     return decode_attention_by(choice.backend)(
@@ -289,7 +301,7 @@ def resample(
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or range than documented.
     """
-    if _differentiated(waveform):
+    if differentiated(waveform):
         backend = "reference"
     return resample_by(_chosen("resample", waveform.device, backend, waveform.dtype))(
         waveform, filters, first, stride=stride, left=left, length=length
@@ -327,7 +339,7 @@ def istft(spectrum: Tensor, window: Tensor, limit: float, *, backend: Backend = 
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or range than documented.
     """
-    if _differentiated(spectrum):
+    if differentiated(spectrum):
         backend = "reference"
     return istft_by(_chosen("istft", spectrum.device, backend, spectrum.dtype))(
         spectrum, window, limit
@@ -362,7 +374,7 @@ def padded_attention(
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or device than documented.
     """
-    if _differentiated(qkv):
+    if differentiated(qkv):
         backend = "reference"
     return padded_attention_by(_chosen("padded_attention", qkv.device, backend, qkv.dtype))(
         qkv, lengths, heads
@@ -403,7 +415,7 @@ def snake(
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or device than documented.
     """
-    if _differentiated(x, alpha, inverse, residual, offset):
+    if differentiated(x, alpha, inverse, residual, offset):
         backend = "reference"
     kernel = snake_by(_chosen("snake", x.device, backend, x.dtype))
     return kernel(x, alpha, inverse, residual, offset)
@@ -447,7 +459,7 @@ def add_norm(
     Raises:
         RuntimeError: an argument of another shape, dtype, layout or device than documented.
     """
-    if _differentiated(x, weight, bias, residual, offset, shift):
+    if differentiated(x, weight, bias, residual, offset, shift):
         backend = "reference"
     return add_norm_by(_chosen("add_norm", x.device, backend, weight.dtype))(
         x, weight, bias, residual, offset, shift, eps=eps, mish=mish, dtype=dtype

@@ -299,7 +299,7 @@ def decode_attention(
             ``[0, C)``. Such a row appends nothing, and all it gets is 0.
         cos, sin: ``(C or more, D)``, the rotary table; None: no rotation.
         watched: ``(W, 2)`` int32, rows and heads there are. Of others the CPU op raises; the GPU's
-            kernels, which cannot without the host, leave their probabilities as they are.
+            kernels and this, which cannot without the host, leave their probabilities as they are.
         probabilities: ``(W, C)`` float32: set to the softmax of each watched row and head, which is
             0 behind the position.
         arrivals: not used; see `ops.decode_attention`.
@@ -331,10 +331,13 @@ def decode_attention(
     )
     out = out[:, :, 0].masked_fill(~inside, 0)
     if watched is not None and probabilities is not None:
-        row, head = watched.long().unbind(1)
+        row = watched[:, 0].long().clamp(0, rows - 1)
+        head = watched[:, 1].long().clamp(0, heads - 1)
         scores = (k_cache[row, head].to(wide) @ q[row, head, :, None])[..., 0] / dim**0.5
         weights = scores.masked_fill(~valid[:, 0].expand(rows, -1)[row], -float("inf")).softmax(-1)
-        probabilities.copy_(weights.masked_fill(~inside[:, 0].expand(rows, 1)[row], 0))
+        weights = weights.masked_fill(~inside[:, 0].expand(rows, 1)[row], 0)
+        there = (watched == torch.stack((row, head), dim=1)).all(1, keepdim=True)
+        probabilities.copy_(torch.where(there, weights, probabilities))
     return out.reshape(rows, heads * dim).to(qkv.dtype)
 
 

@@ -124,6 +124,10 @@ class PhiloxStream:
     somebody else has drawn meanwhile: then the numbers in between stay unused. So they do after a
     request that failed, which never closes its stream.
 
+    Streams take turns at a generator; torch's own draws do not. Its offset is read and set in two
+    calls, and what another thread draws from torch's global generator between them is drawn again:
+    that generator cannot be locked from Python. With ``generate(seed=n)`` a request has its own.
+
     Attributes:
         state: ``(1, 2)`` int64 on the device, seed and offset; ops read and advance it.
     """

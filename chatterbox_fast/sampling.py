@@ -38,7 +38,7 @@ class SamplingParams:
         """Raises ValueError where a parameter is outside its range (NaN always is), TypeError
         where it is no number."""
         for name, value in vars(self).items():
-            if not isinstance(value, Real):
+            if not isinstance(value, Real) or isinstance(value, bool):
                 raise TypeError(f"chatterbox_fast: {name} must be a number, got {value!r}")
         _require("cfg_weight", self.cfg_weight, self.cfg_weight >= 0, ">= 0")
         penalty, temperature = self.repetition_penalty, self.temperature
@@ -71,7 +71,10 @@ class SamplingParams:
 
 def _as_float32(value: float) -> float:
     """What the kernels read: a number may be 0 or infinite there and not as a double."""
-    return ctypes.c_float(value).value
+    try:
+        return ctypes.c_float(value).value
+    except OverflowError:  # a whole number beyond a double's range
+        return math.inf
 
 
 def _require(name: str, value: float, ok: bool, must: str) -> None:

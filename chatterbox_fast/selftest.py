@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 """Of values around 1 in float32: ten times what a kernel may be off, and far less than a wrong one
 is. What comes out in half precision may be off by two units of its last place."""
 
+_T = TypeVar("_T")
 _FLOAT: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 _INT: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
 _LONG: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
@@ -31,7 +33,7 @@ _LONG: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
 
 
 def choose(op: str, device: torch.device, option: Backend, dtype: torch.dtype) -> Choice:
-    """As `dispatch.choose`, for the ops of the engines; a kernel that fails its test makes way.
+    """As `dispatch.choose`; a kernel that fails its test makes way.
 
     Of the extension and Triton the other one is taken where it works, else the reference.
     """
@@ -68,11 +70,25 @@ def choose_attention(
     return choose(op, device, option, dtype)
 
 
+def outside_modes(make: Callable[[], _T]) -> _T:
+    """What `make` returns, out of reach of the caller's modes, which belong to its thread.
+
+    What is cached is for all callers: it must not be a fake tensor, one of inference mode, or one
+    of a transform, nor follow from one.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
+
+
 @functools.cache
 def why_failed(op: str, backend: str, device: torch.device) -> str | None:
     """The reason why `op` by `backend` is not to be used on `device`; None where it works."""
+    return outside_modes(lambda: _why_failed(op, backend, device))
+
+
+def _why_failed(op: str, backend: str, device: torch.device) -> str | None:
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad():
             for case, own, expected in _CASES[op](backend, device):
                 half = own.dtype.itemsize == 2
                 close = dict.fromkeys(CLOSE, 2 * torch.finfo(own.dtype).eps) if half else CLOSE
@@ -211,6 +227,22 @@ def _istft(backend: str, device: torch.device) -> Iterator[Case]:
     yield "a spectrum", own, reference.istft(*call, 0.99)
 
 
+def _resample(backend: str, device: torch.device) -> Iterator[Case]:
+    """Every dtype; outputs that share samples, that are far apart, and of more phases than share;
+    the first outputs' own filters, and phases that are neighbours in memory, as on a GPU.
+    """
+    kernel, normal, taps = ops.resample_by(backend), _random(7), 24
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    for (phases, stride), dtype in itertools.product(((2, 3), (1, 400), (700, 641)), dtypes):
+        waveform = normal(2, 1300).to(dtype)
+        filters, first = normal(phases, taps) / taps**0.5, normal(3, taps) / taps**0.5
+        rules = {"stride": stride, "left": 9, "length": 1300 * phases // stride}
+        for own in ((filters, None), (filters.t().contiguous().t(), first)):
+            found = kernel(waveform.to(device), *(_on(device, each) for each in own), **rules)
+            what = f"{dtype}, {phases} phases"
+            yield what, found, reference.resample(waveform, *own, **rules)
+
+
 def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
 
@@ -223,4 +255,5 @@ _CASES: dict[str, Callable[[str, torch.device], Iterator[Case]]] = {
     "add_norm": _add_norm,
     "snake": _snake,
     "istft": _istft,
+    "resample": _resample,
 }

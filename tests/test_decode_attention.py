@@ -26,6 +26,8 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("cuda", "reference")
 """As options name them: "cuda" is the extension, on a CPU its CPU op."""
 DIM = 64
+LONG_CAPACITIES = (2048, 4096, 8192)
+"""What an engine allocates for requests that outgrow 1024 slots."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,15 @@ def check_appended(before: Call, after: Call) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_decode_step(backend: Any, position: int, cache_dtype: torch.dtype) -> None:
     call = random_call(1024, [position], rows=2, heads=16, cache_dtype=cache_dtype)
+    check(call, by_backend(backend))
+
+
+@pytest.mark.parametrize("cache_dtype", FLOATING)
+@pytest.mark.parametrize("capacity", LONG_CAPACITIES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_long_prefix(backend: Any, capacity: int, cache_dtype: torch.dtype) -> None:
+    """To its last slot."""
+    call = random_call(capacity, [capacity - 1], rows=1, cache_dtype=cache_dtype, watched=[(0, 1)])
     check(call, by_backend(backend))
 
 
@@ -649,6 +660,18 @@ def test_a_cpu_names_a_pair_that_there_is_not(pair: tuple[int, int]) -> None:
         torch.ops.chatterbox_fast.decode_attention(*arguments(watched=watched))
 
 
+@pytest.mark.parametrize("pair", [(2, 0), (0, 4), (-1, 0), (0, -1)])
+def test_the_reference_leaves_what_a_pair_that_there_is_not_would_get(pair: Any) -> None:
+    """As the GPU's kernels do: it may not look at a value either."""
+    call = random_call(9, [4, 9], heads=4, watched=[(0, 1), pair, (1, 3)])
+    assert call.probabilities is not None
+    before = call.probabilities[1].clone()
+    by_backend("reference")(call)
+    assert torch.equal(call.probabilities[1], before)
+    assert call.probabilities[0].sum() == pytest.approx(1)
+    assert not call.probabilities[2].any(), "its row failed"
+
+
 # ---- the op as torch sees it
 
 
@@ -710,6 +733,17 @@ class TestOnAGpu:
                 watched=[(0, 3), (rows - 1, 9)], device="cuda",
             )  # fmt: skip
             check(call, by_backend("cuda"))
+
+    def test_a_long_prefix(self, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+        """In as many splits as this device gives two heads, and as an H200 gives T3's 32."""
+        op = torch.ops.chatterbox_fast.decode_attention
+        for capacity in LONG_CAPACITIES:
+            call = random_call(
+                capacity, [capacity - 1], rows=1, dtype=dtype, cache_dtype=cache_dtype,
+                watched=[(0, 1)], device="cuda",
+            )  # fmt: skip
+            for splits in (0, 17):
+                check(call, lambda call, n=splits: op(*call.arguments, splits=n))
 
     def test_every_split_count(self, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
         def make(seed: int) -> Call:

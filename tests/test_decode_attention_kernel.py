@@ -15,6 +15,7 @@ from host_cuda import build
 from test_decode_attention import (
     DIM,
     FLOATING,
+    LONG_CAPACITIES,
     Call,
     check,
     check_seeds,
@@ -81,6 +82,15 @@ def test_a_decode_step(position: int, splits: int, cache_dtype: torch.dtype) -> 
     """Of fewer heads than T3's, each of which is a block of its own."""
     call = random_call(1024, [position], rows=2, heads=3, cache_dtype=cache_dtype)
     check(call, by_kernel(splits, order="shuffled"))
+
+
+@pytest.mark.parametrize("cache_dtype", FLOATING)
+@pytest.mark.parametrize("capacity", LONG_CAPACITIES)
+def test_a_long_prefix(capacity: int, cache_dtype: torch.dtype) -> None:
+    """In as many splits as the two rows of T3 and a single head are given."""
+    call = random_call(capacity, [capacity - 1], rows=1, cache_dtype=cache_dtype, watched=[(0, 1)])
+    for splits in (count(2, capacity), count(1, capacity, heads=1)):
+        check(call, by_kernel(splits))
 
 
 @pytest.mark.parametrize("cache_dtype", FLOATING)
@@ -239,29 +249,32 @@ def test_split_counts() -> None:
 
 # ---- sanitizers
 
-SMALL = [(3, [130, 65, 200]), (2, [1, 20, 0])]
-"""Splits and positions."""
-PAIRS = [
-    *((torch.float32, cache_dtype) for cache_dtype in FLOATING),
-    *((dtype, torch.bfloat16) for dtype in (torch.float16, torch.bfloat16)),
+SMALL: list[tuple[int, int, dict[str, Any]]] = [
+    (3, 0, {"positions": [130, 65, 200], "watched": [(0, 1), (2, 0)]}),
+    (2, 0, {"positions": [1, 20, 0], "watched": [(0, 1), (2, 0)]}),
+    (1, 9, {"positions": [70], "rows": 3, "rope": False}),
 ]
-"""Every dtype of cache, and every one of qkv."""
+"""Splits, slots between a head's cache and the next one's, and a call: a position a row, as T3's
+Llama has it, with all that is optional; and one for all, as its GPT-2 has it, with nothing."""
 
 
 @pytest.mark.parametrize("order", build.ORDERS)
-@pytest.mark.parametrize(("dtype", "cache_dtype"), PAIRS, ids=str)
+@pytest.mark.parametrize("cache_dtype", FLOATING)
+@pytest.mark.parametrize("dtype", FLOATING)
 def test_address_and_undefined_behaviour_sanitizers(
     dtype: torch.dtype, cache_dtype: torch.dtype, order: Any
 ) -> None:
     """Each array ends where its last element does."""
-    for splits, positions in SMALL:
+    for splits, apart, how in SMALL:
+        capacity = max(how["positions"]) + 1
 
-        def make(seed: int, positions: list[int] = positions) -> Call:
+        def make(seed: int, capacity: int = capacity, apart: int = apart, how: Any = how) -> Call:
             call = random_call(
-                max(positions) + 1, positions, dtype=dtype, cache_dtype=cache_dtype,
-                watched=[(0, 1), (2, 0)], seed=seed,
-            )  # fmt: skip
-            return replace(call, cos=call.cos[:-3], sin=call.sin[:-3])  # type: ignore[index]
+                capacity + apart, dtype=dtype, cache_dtype=cache_dtype, seed=seed, **how
+            )
+            k_cache, v_cache = call.k_cache[:, :, :capacity], call.v_cache[:, :, :capacity]
+            cos, sin = (None if t is None else t[:capacity] for t in (call.cos, call.sin))
+            return replace(call, k_cache=k_cache, v_cache=v_cache, cos=cos, sin=sin)
 
         check_seeds(make, by_kernel(splits, variant="asan", order=order, seed=3), seeds=4)
 

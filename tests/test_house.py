@@ -1,4 +1,5 @@
-"""One op, one name: in the schema, the kernel, both bindings, Triton, reference, tests, bench."""
+"""One op, one name: in the schema, the kernel, both bindings, Triton, reference, fakes, self-test,
+tests and bench."""
 
 from __future__ import annotations
 
@@ -8,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from chatterbox_fast import dispatch, ops, reference
+from chatterbox_fast import dispatch, ops, reference, selftest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = re.findall(r'library\.def\(\s*"(\w+)\(', (ROOT / "csrc/registration.cpp").read_text())
 PLACES = (
+    "csrc/{}.h",
+    "csrc/{}.cpp",
     "csrc/kernels/{}.h",
     "csrc/kernels/{}.cuh",
     "csrc/kernels/{}.cu",
@@ -21,6 +24,8 @@ PLACES = (
     "triton_kernels/{}.py",
     "tests/host_cuda/{}.cpp",
     "tests/test_{}.py",
+    "tests/test_{}_kernel.py",
+    "tests/test_triton_{}.py",
     "bench/bench_{}.py",
 )
 
@@ -37,6 +42,9 @@ def test_every_op_is_everywhere(op: str) -> None:
     missing = [place.format(op) for place in PLACES if not (ROOT / place.format(op)).is_file()]
     assert missing == []
     assert op in dispatch.OPS
+    assert op in selftest._CASES
+    fakes = (ROOT / "chatterbox_fast/fakes.py").read_text()
+    assert f'register_fake("chatterbox_fast::{op}")' in fakes
     for module in (ops, reference):
         assert getattr(module, op).__doc__
 

@@ -26,7 +26,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 
-from chatterbox_fast import dispatch, ops, reference
+from chatterbox_fast import ops, reference, selftest
 from chatterbox_fast.audio import Resample, resample
 from chatterbox_fast.audio import bank as banks
 
@@ -39,6 +39,7 @@ STOCK = (
     (44100, 24000), (48000, 24000),
 )  # fmt: skip
 """What stock Chatterbox and Perth convert."""
+METHODS = ("sinc_interp_hann", "soxr_hq")
 ODD = (*STOCK, (3, 1), (1, 3), (7, 5), (16000, 44100), (16000, 22050))
 
 
@@ -122,6 +123,31 @@ blocks or do not."""
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def rates_call(samples: int, rates: tuple[int, int], method: str) -> Call:
+    """Two rows of noise, with the filters of `rates`."""
+    design = banks.Filter.of(*rates, 6, 0.99, method, None)
+    assert design is not None
+    bank = banks.bank_of(design, CPU, torch.float32)
+    computed, _ = banks.lengths(design, samples)
+    return Call(noise(2, samples), bank.filters, bank.first, design.orig, bank.left, computed)
+
+
+def check_rates(y: Tensor, waveform: Tensor, rates: tuple[int, int], method: str) -> None:
+    """Of stock's rates: within twice the error of torchaudio in float32, plus one ulp, of itself in
+    float64. Of soxr's filter, which torch does not have, the CPU op is the measure.
+    """
+    if method == "soxr_hq":
+        theirs, expected = (resample(x, *rates, resampling_method=method)
+                            for x in (waveform, waveform.double()))  # fmt: skip
+    else:
+        stock = torchaudio.functional.resample
+        theirs, expected = stock(waveform, *rates), stock(waveform.double(), *rates)
+    error, of_stock = (float((t - expected[:, : y.shape[1]]).abs().max())
+                       for t in (y, theirs[:, : y.shape[1]]))  # fmt: skip
+    assert error <= 2 * of_stock + ulp(expected, torch.float32)
+    assert error <= 1e-6, "and small by itself: torchaudio rounds the places of some taps"
 
 
 def decibels(own: Tensor, expected: Any) -> float:
@@ -273,7 +299,7 @@ def test_opcheck(first: int) -> None:
 
 
 def test_which_implementation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert dispatch.choose("resample", CPU).backend == "extension"
+    assert selftest.choose("resample", CPU, "auto", torch.float32).backend == "extension"
     assert ops.resample_by("extension") is torch.ops.chatterbox_fast.resample.default
     assert ops.resample_by("reference") is reference.resample
     asked = []
@@ -283,6 +309,14 @@ def test_which_implementation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         resample(noise(9).requires_grad_(), 3, 2)
     assert asked == ["extension", "reference", "reference", "extension"]
+
+
+def test_the_widest_filter_there_is_and_the_next() -> None:
+    """In taps: 2**20 coefficients, of two phases."""
+    most = banks.MAX_COEFFICIENTS // 2 // 2 - 1
+    assert banks._sinc(banks.Filter(1, 2, banks.HANN, most, 1.0, 0.0)).filters.shape == (2, 2**19)
+    with pytest.raises(banks.BankTooLarge, match="lowpass_filter_width / rolloff must need"):
+        banks._sinc(banks.Filter(1, 2, banks.HANN, most + 1, 1.0, 0.0))
 
 
 # ---- torchaudio's filters
@@ -550,6 +584,15 @@ def test_tangents_are_torchaudios() -> None:
         ((3, 2, 6, 0.99, "sinc_interp_kaiser", math.nan), ValueError, "beta must be finite"),
         ((3, 2, 7, 0.99, "soxr_hq"), ValueError, "must be left at their defaults for soxr_hq"),
         ((3, 2, 6, 0.99, "soxr_hq", 1.0), ValueError, "must be left at their defaults"),
+        (
+            (24000, 16000, 10**6),
+            ValueError,
+            r"lowpass_filter_width / rolloff must need at most 1048576 coefficients for 3 -> 2, "
+            r"got 1e\+06 / 0.99",
+        ),
+        ((3, 2, int(1e308)), ValueError, r"lowpass_filter_width / .*, got 1e\+308 / 0\.99"),
+        ((3, 2, 6, 1e-320), ValueError, "/ rolloff must need at most 1048576 .*, got 6 / 9.*e-321"),
+        ((480001, 480000, 10**6), ValueError, "orig_freq and new_freq must reduce to at most"),
         ((480001, 480000), ValueError, "must reduce to at most 1048576 coefficients, got 480001"),
         (
             (98000, 2000, 6, 0.99, "soxr_hq"),
@@ -712,9 +755,23 @@ def test_filters_made_in_a_transform_are_plain() -> None:
 # ---- on a GPU
 
 
+def forget_and_overwrite() -> list[Tensor]:
+    """The caches forget their filters, and what gets such memory next is NaN."""
+    banks._designed.cache_clear()
+    banks._bank_on.cache_clear()
+    sizes = (2**power for power in range(7, 19) for _ in range(16))
+    written = [torch.full((size,), math.nan, device="cuda") for size in sizes]
+    torch.cuda.current_stream().synchronize()
+    return written
+
+
 @pytest.mark.gpu
 @pytest.mark.kernel
 class TestOnAGpu:
+    def test_the_kernel_is_what_runs(self) -> None:
+        found = selftest.choose("resample", torch.device("cuda", 0), "cuda", torch.float32)
+        assert found == ("extension", "compiled for cuda")
+
     @pytest.mark.parametrize("dtype", FLOATING)
     @pytest.mark.parametrize("case", WHOLE, ids=str)
     def test_no_product_is_lost(self, case: dict[str, int], dtype: torch.dtype) -> None:
@@ -724,15 +781,12 @@ class TestOnAGpu:
         y = moved.by(ops.resample, backend="cuda")
         assert torch.equal(y.cpu(), call.oracle().to(dtype))
 
-    @pytest.mark.parametrize("method", ["sinc_interp_hann", "soxr_hq"])
+    @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("rates", STOCK, ids=str)
     def test_rates(self, rates: tuple[int, int], method: str) -> None:
         waveform = noise(2, 24001)
-        expected = resample(waveform.double(), *rates, resampling_method=method)
         y = resample(waveform.cuda(), *rates, resampling_method=method, backend="cuda")
-        own = resample(waveform, *rates, resampling_method=method)
-        error, theirs = ((t.cpu() - expected).abs().max() for t in (y, own))
-        assert error <= 2 * theirs + ulp(expected, torch.float32)
+        check_rates(y.cpu(), waveform, rates, method)
 
     def test_a_captured_graph_is_replayed(self) -> None:
         waveform = noise(1, 24000).cuda()
@@ -743,6 +797,33 @@ class TestOnAGpu:
         waveform.copy_(noise(1, 24000, seed=1))
         graph.replay()
         assert torch.equal(y, resample(waveform, 24000, 16000, backend="cuda"))
+
+    @pytest.mark.usefixtures("no_banks")
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_graph_outlives_the_cache(self, method: str) -> None:
+        """Its filters' memory is not given to others, who would write over it."""
+        waveform = noise(1, 4000).cuda()
+        expected = resample(waveform, 44100, 24000, resampling_method=method, backend="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = resample(waveform, 44100, 24000, resampling_method=method, backend="cuda")
+        written = forget_and_overwrite()
+        graph.replay()
+        assert torch.equal(y, expected)
+        del written
+
+    @pytest.mark.usefixtures("no_banks")
+    def test_a_kernel_of_another_stream_outlives_the_cache(self) -> None:
+        """Which on an emulated GPU has not begun before somebody waits for that stream."""
+        waveform, stream = noise(1, 4000).cuda(), torch.cuda.Stream()
+        expected = resample(waveform, 44100, 24000, backend="cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            y = resample(waveform, 44100, 24000, backend="cuda")
+        written = forget_and_overwrite()
+        stream.synchronize()
+        assert torch.equal(y, expected)
+        del written
 
     def test_filters_on_another_device_are_named(self) -> None:
         call = whole_call(2, 33, 3, 8, 2)

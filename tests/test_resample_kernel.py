@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 import torch
 from host_cuda import build
-from test_resample import FLOATING, STOCK, WHOLE, Call, noise, whole_call
-from toolkit import ARCHS, KERNELS, compile_kernels, ulp
+from test_resample import (
+    FLOATING,
+    METHODS,
+    STOCK,
+    WHOLE,
+    Call,
+    check_rates,
+    noise,
+    rates_call,
+    whole_call,
+)
+from toolkit import ARCHS, KERNELS, compile_kernels
 from torch import Tensor
-
-from chatterbox_fast.audio import bank as banks
-from chatterbox_fast.audio import resample
 
 DRIVER = build.HERE / "resample.cpp"
 LARGE = {"rows": 1, "samples": 9000, "phases": 1, "taps": 12000, "stride": 40, "left": 6000}
@@ -54,21 +61,11 @@ def test_no_product_is_lost_and_none_counted_twice(
     assert torch.equal(by_kernel(call, taps_first=True, order="shuffled", seed=2), expected)
 
 
-@pytest.mark.parametrize("method", ["sinc_interp_hann", "soxr_hq"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rates", STOCK, ids=str)
 def test_stocks_rates(rates: tuple[int, int], method: str) -> None:
-    """Within twice the error of the CPU op, plus one ulp."""
-    design = banks.Filter.of(*rates, 6, 0.99, method, None)
-    assert design is not None
-    bank = banks.bank_of(design, torch.device("cpu"), torch.float32)
-    waveform = noise(2, 3001)
-    computed, _ = banks.lengths(design, 3001)
-    call = Call(waveform, bank.filters, bank.first, design.orig, bank.left, computed)
-    y = by_kernel(call, taps_first=True)
-    expected = resample(waveform.double(), *rates, resampling_method=method)[:, :computed]
-    own = resample(waveform, *rates, resampling_method=method)[:, :computed]
-    error, theirs = (float((t - expected).abs().max()) for t in (y, own))
-    assert error <= 2 * theirs + ulp(expected, torch.float32)
+    call = rates_call(3001, rates, method)
+    check_rates(by_kernel(call, taps_first=True), call.waveform, rates, method)
 
 
 def test_the_same_bits_in_every_order_and_for_a_row_alone() -> None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import tokens_of
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from chatterbox_fast import ops, patched, precision, report, selftest
+from chatterbox_fast.audio import resample
 from chatterbox_fast.options import Options
 from chatterbox_fast.t3 import runner
 from chatterbox_fast.t3.engine import Engine, Engines
@@ -196,7 +198,7 @@ def test_the_report_shows_what_the_engine_uses(
     assert rows["  skinny_linear"] == ("extension", "compiled for cpu")
 
 
-@pytest.mark.parametrize("op", ["padded_attention", "add_norm", "snake", "istft"])
+@pytest.mark.parametrize("op", ["padded_attention", "add_norm", "snake", "istft", "resample"])
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 def test_an_op_of_s3gen_that_is_wrong_with_a_dtype(
     broken: Any, op: str, dtype: torch.dtype
@@ -230,6 +232,46 @@ def test_an_add_norm_that_ignores_strides(broken: Any) -> None:
 
     broken("add_norm", dense)
     assert "wrong on this machine" in chosen("add_norm").reason
+
+
+@pytest.mark.parametrize("lost", ["first", "neighbours", "many phases", "far apart"])
+def test_a_resample_that_loses_a_part(broken: Any, lost: str) -> None:
+    def loses(right: Any, x: Any, filters: Tensor, first: Any, **how: Any) -> Tensor:
+        if lost == "first":
+            first = None
+        elif lost == "neighbours":
+            filters = filters.as_strided(filters.shape, (filters.shape[1], 1))
+        elif (len(filters) > 512) if lost == "many phases" else (how["stride"] == 400):
+            how["left"] += 1
+        return right(x, filters, first, **how)
+
+    broken("resample", loses)
+    assert "resample is wrong on this machine" in chosen("resample").reason
+
+
+def test_a_voice_is_resampled_without_a_working_kernel(broken: Any, english: Any) -> None:
+    """By the patched object and by the public function, and in whatever mode it is first asked."""
+    waveform = torch.sin(torch.arange(3000) / 9)
+    expected = resample(waveform, 3, 2, backend="reference")
+    broken("resample", lambda *_, **__: 1 / 0)
+    with torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True):
+        assert resample(torch.empty(3000, device="cpu"), 3, 2).shape == expected.shape
+    assert torch.equal(resample(waveform, 3, 2), expected)
+    with patched(english, precision="bf16"):
+        rows = {row.site: row for row in report(english)}
+        english.s3gen.embed_ref(waveform[None], 22050)
+    assert rows["s3gen.embed_ref"].runs == "own resampler"
+    assert rows["  resample"][2:] == (
+        "reference",
+        "resample raises ZeroDivisionError: division by zero",
+    )
+
+
+def test_what_is_asked_in_a_mode_holds_for_all(broken: Any) -> None:
+    del broken  # for what is kept
+    with FakeTensorMode(), torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.func.vmap(lambda x: x + len(chosen("resample").reason))(torch.empty(2))
+    assert chosen("resample") == ("extension", "compiled for cpu")
 
 
 def test_norms_wider_than_the_kernels_take() -> None:

@@ -295,11 +295,12 @@ def arguments(**changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"logits": torch.zeros(2, 4)}, r"logits must be \(2, 5\), got \(2, 4\)"),
-        ({"logits": torch.zeros(3, 5)}, r"logits must be \(1, 5\), got \(3, 5\)"),
+        ({"logits": torch.zeros(2, 4)}, r"logits must be \(1 or 2, 5\) as seen is, got \(2, 4\)"),
+        ({"logits": torch.zeros(3, 5)}, r"logits must be \(1 or 2, 5\) as seen is, got \(3, 5\)"),
+        ({"logits": torch.tensor(0.0)}, r"logits must be \(1 or 2, 5\) as seen is, got \(\)"),
         ({"logits": torch.zeros(2, 5).double()}, "logits must be float32, float16 or bfloat16"),
         ({"logits": torch.zeros(5, 2).T}, "logits must be contiguous"),
-        ({"seen": torch.zeros(5)}, r"seen must be \(R, V\), R at most 64"),
+        ({"seen": torch.zeros(5).bool()}, r"seen must be \(R, V\), R at most 64"),
         ({"seen": torch.zeros(1, 5)}, "seen must be torch.bool, got torch.float32"),
         ({"params": torch.zeros(1, 5)}, r"params must be \(1, 6\)"),
         ({"philox": None}, "philox must be given, got None"),

@@ -17,6 +17,7 @@ from test_decode_attention import (
     BAD,
     DIM,
     FLOATING,
+    LONG_CAPACITIES,
     Call,
     arguments,
     check,
@@ -70,6 +71,12 @@ def representable(call: Call) -> Call:
 def test_a_decode_step(interpreted: Any, position: int, splits: int) -> None:
     call = random_call(1024, [position], rows=2, heads=2)
     check(call, interpreted(splits))
+
+
+@pytest.mark.parametrize("capacity", LONG_CAPACITIES)
+def test_a_long_prefix(interpreted: Any, capacity: int) -> None:
+    call = random_call(capacity, [capacity - 1], rows=1, watched=[(0, 1)])
+    check(call, interpreted(17))
 
 
 @pytest.mark.parametrize("cache_dtype", FLOATING)

@@ -12,12 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_resample import FLOATING, STOCK, WHOLE, Call, noise, whole_call
-from toolkit import interpreting_triton, ulp
+from test_resample import FLOATING, METHODS, STOCK, WHOLE, Call, check_rates, rates_call, whole_call
+from toolkit import interpreting_triton
 from torch import Tensor
-
-from chatterbox_fast.audio import bank as banks
-from chatterbox_fast.audio import resample
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -48,19 +45,11 @@ def test_no_product_is_lost(interpreted: Any, case: dict[str, int], dtype: torch
     assert torch.equal(interpreted(turned), expected)
 
 
-@pytest.mark.parametrize("method", ["sinc_interp_hann", "soxr_hq"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rates", STOCK, ids=str)
 def test_stocks_rates(interpreted: Any, rates: tuple[int, int], method: str) -> None:
-    """Within twice the error of the CPU op, plus one ulp."""
-    design = banks.Filter.of(*rates, 6, 0.99, method, None)
-    assert design is not None
-    bank = banks.bank_of(design, torch.device("cpu"), torch.float32)
-    computed, _ = banks.lengths(design, 701)
-    call = Call(noise(2, 701), bank.filters, bank.first, design.orig, bank.left, computed)
-    expected = resample(call.waveform.double(), *rates, resampling_method=method)[:, :computed]
-    own = resample(call.waveform, *rates, resampling_method=method)[:, :computed]
-    error, theirs = (float((t - expected).abs().max()) for t in (interpreted(call), own))
-    assert error <= 2 * theirs + ulp(expected, torch.float32)
+    call = rates_call(701, rates, method)
+    check_rates(interpreted(call), call.waveform, rates, method)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

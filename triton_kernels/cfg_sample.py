@@ -18,7 +18,7 @@ Random numbers: Philox4x32-10, torch's CUDA stream. On CUDA the noise is -lg2.ap
 torch's ``exponential_``, not the reference's accurate logarithm.
 
 Selection without a sort: scores become integers of the same order, and a threshold is bisected on
-them bit by bit. top-k counts; top-p adds up masses exp(s - max) 2^40, truncated to int64, so its
+them bit by bit. top-k counts; top-p adds up masses exp(s - max) 2^40, rounded to int64, so its
 sum does not depend on the order of addition.
 
 Ties: top-k keeps all ids equal to the k-th; top-p removes the higher of two equal ids first; the
@@ -42,8 +42,6 @@ from .. import reference
 from . import checks
 
 _must = functools.partial(checks.must, "cfg_sample")
-_MAX_ROWS, _MAX_VOCABULARY = 64, 65536
-_LOGITS = (torch.float32, torch.float16, torch.bfloat16)
 LAUNCH = {"num_warps": 32, "enable_fp_fusion": False}
 
 _NEVER = tl.constexpr(float("-inf"))  # a score that is not drawn
@@ -131,7 +129,7 @@ def _keep_top_k(scores, top_k, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
 def _keep_top_p(scores, top, one_minus_top_p, ids, CUDA: tl.constexpr):
     if one_minus_top_p > 0:
         key = (_key(scores) << 16) | (65535 - ids)  # of equal scores the higher id is the lower key
-        mass = (_exp(scores - top, CUDA) * _MASS_OF_ONE).to(tl.int64)
+        mass = (_exp(scores - top, CUDA) * _MASS_OF_ONE + 0.5).to(tl.int64)
         limit = one_minus_top_p.to(tl.float64) * tl.sum(mass, axis=0).to(tl.float64)
         lowest_kept = _threshold(key, mass, limit.to(tl.int64), BITS=48)
         lowest_kept = tl.minimum(lowest_kept, tl.max(key, axis=0))
@@ -222,10 +220,11 @@ def cfg_sample(
     Raises:
         RuntimeError: an argument of another shape, dtype or layout than documented.
     """
-    _check_tensors(logits, seen, params, flags, philox, stop_action)
+    checks.cfg_sample(
+        logits, seen, params, flags, philox, stop_action, stop_token=stop_token, forget=forget
+    )
     rows, vocabulary = seen.shape
-    _must(0 <= stop_token < vocabulary, "stop_token", f"in [0, {vocabulary})", stop_token)
-    _must(-1 <= forget < vocabulary, "forget", f"-1 or in [0, {vocabulary})", forget)
+    _must(philox is not None, "philox", "given", None)
     _must(threads > 0 and threads % 256 == 0, "threads", "a positive multiple of 256", threads)
     token = torch.empty(rows, dtype=torch.long, device=seen.device)
     if rows == 0:
@@ -238,41 +237,3 @@ def cfg_sample(
             **LAUNCH,
         )  # fmt: skip
     return token
-
-
-def _check_tensors(
-    logits: Tensor,
-    seen: Tensor,
-    params: Tensor,
-    flags: Tensor,
-    philox: Tensor | None,
-    stop_action: Tensor | None,
-) -> None:
-    shape = tuple(seen.shape)
-    fits = len(shape) == 2 and shape[0] <= _MAX_ROWS and 1 <= shape[1] <= _MAX_VOCABULARY
-    _must(fits, "seen", f"(R, V), R at most {_MAX_ROWS} and V in [1, {_MAX_VOCABULARY}]", shape)
-    _must(logits.dtype in _LOGITS, "logits", "float32, float16 or bfloat16", logits.dtype)
-    rows, vocabulary = shape
-    logits_rows = 2 * rows if logits.shape[0] == 2 * rows else rows
-    _check("logits", logits, (logits_rows, vocabulary), logits.dtype, seen.device)
-    _check("seen", seen, shape, torch.bool, seen.device)
-    _check("params", params, (rows, 6), torch.float32, seen.device)
-    _check("flags", flags, (rows,), torch.int32, seen.device)
-    _check("philox", philox, (rows, 2), torch.int64, seen.device)
-    if stop_action is not None:
-        _check("stop_action", stop_action, (rows,), torch.int32, seen.device)
-
-
-def _check(
-    name: str,
-    tensor: Tensor | None,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    if tensor is None:
-        raise RuntimeError(f"chatterbox_fast::cfg_sample: {name} must be given, got None")
-    _must(tensor.shape == shape, name, str(shape), tuple(tensor.shape))
-    _must(tensor.dtype == dtype, name, str(dtype), tensor.dtype)
-    _must(tensor.device == device, name, f"on {device} as seen is", tensor.device)
-    _must(tensor.is_contiguous(), name, "contiguous", f"strides {tensor.stride()}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+
+from ..selftest import outside_modes
 
 MAX_COEFFICIENTS = 2**20
 """The most that all filters of a ratio may have together: 4 MiB in float32."""
@@ -20,13 +20,12 @@ CACHED_RATIOS = 16
 
 HANN, KAISER, SOXR_HQ = METHODS = ("sinc_interp_hann", "sinc_interp_kaiser", "soxr_hq")
 _KAISER_BETA = 14.769656459379492
-_PARAMETERS = (6, 0.99, None)
+_PARAMETERS: tuple[int, float, None] = (6, 0.99, None)
 """lowpass_filter_width, rolloff and beta that mean nothing was chosen."""
 _AT_ONCE = 8
 """Taps are filled up with zeros to a multiple of what a CPU multiplies at once."""
-
-
-_T = TypeVar("_T")
+_captured: dict[int, Bank] = {}
+"""By identity, for good: a CUDA graph reads the filters that it captured at every replay."""
 
 
 class BankTooLarge(ValueError):
@@ -89,6 +88,24 @@ class Filter(NamedTuple):
         used = shape if method == KAISER else 0.0
         return cls(orig // common, new // common, method, whole, cutoff, used)
 
+    def reach(self, width: int, rolloff: float) -> int:
+        """How many samples a windowed sinc weighs on each side; `MAX_COEFFICIENTS` is too many."""
+        samples = float(width) * self.orig / (min(self.orig, self.new) * rolloff)
+        return math.floor(min(MAX_COEFFICIENTS, samples))
+
+    def check_width(self) -> None:
+        """Raises `BankTooLarge` where rates would do that the filter's width and rolloff do not."""
+        needed, usual = (
+            self.new * _filled(2 * self.reach(width, rolloff) + 2)
+            for width, rolloff in ((self.width, self.rolloff), _PARAMETERS[:2])
+        )
+        if usual <= MAX_COEFFICIENTS < needed:
+            raise BankTooLarge(
+                "chatterbox_fast.resample: lowpass_filter_width / rolloff must need at most "
+                f"{MAX_COEFFICIENTS} coefficients for {self.orig} -> {self.new}, got "
+                f"{self.width:g} / {self.rolloff:g}"
+            )
+
     def check_size(self, taps: int) -> None:
         """Raises `BankTooLarge` where filters of `taps` are too many coefficients."""
         if self.new * taps > MAX_COEFFICIENTS:
@@ -97,6 +114,10 @@ class Filter(NamedTuple):
                 f"{MAX_COEFFICIENTS} coefficients, got {self.orig} -> {self.new}: "
                 f"{self.new} filters of {taps}"
             )
+
+
+def _filled(taps: int) -> int:
+    return taps + -taps % _AT_ONCE
 
 
 def _number(name: str, value: Any) -> float:
@@ -124,16 +145,6 @@ def _whole(name: str, value: Any) -> int:
     return int(number)
 
 
-def _outside_modes(make: Callable[[], _T]) -> _T:
-    """What `make` returns, out of reach of the caller's modes, which belong to its thread.
-
-    What is cached is for all callers: it must not be a fake tensor, one of inference mode, or one
-    of a transform.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(make).result()
-
-
 @functools.lru_cache(4 * CACHED_RATIOS)
 def _bank_on(design: Filter, device: torch.device, dtype: torch.dtype) -> Bank:
     bank = _designed(design)
@@ -145,7 +156,7 @@ def _bank_on(design: Filter, device: torch.device, dtype: torch.dtype) -> Bank:
         first = None if bank.first is None else bank.first.to(device, dtype)
         return Bank(filters.to(device), first, bank.left)
 
-    return _outside_modes(move)
+    return outside_modes(move)
 
 
 @torch.compiler.assume_constant_result
@@ -158,12 +169,26 @@ def bank_for(design: Filter, waveform: Tensor) -> Bank:
     """The filters of `design` as `waveform` needs them; fake ones where only fakes are taken."""
     wide = torch.float64 if waveform.dtype == torch.float64 else torch.float32
     bank: Bank = bank_of(design, waveform.device, wide)
-    if torch.compiler.is_compiling() or not isinstance(waveform, FakeTensor):
+    if torch.compiler.is_compiling():
+        return bank
+    if not isinstance(waveform, FakeTensor):
+        if waveform.is_cuda:
+            _outlive_eviction(bank)
         return bank
     if (mode := waveform.fake_mode).allow_non_fake_inputs:
         return bank
     first = None if bank.first is None else mode.from_tensor(bank.first)
     return bank._replace(filters=mode.from_tensor(bank.filters), first=first)
+
+
+def _outlive_eviction(bank: Bank) -> None:
+    """Keeps the filters for kernels that read them after the cache has let them go."""
+    if torch.cuda.is_current_stream_capturing():
+        _captured[id(bank)] = bank
+        return
+    for tensor in (bank.filters, bank.first):
+        if tensor is not None:  # made on the default stream, which would use its memory at once
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 @functools.lru_cache(CACHED_RATIOS)
@@ -173,11 +198,12 @@ def _designed(design: Filter) -> Bank:
 
     def make() -> Bank:
         bank = soxr_hq.probe(design) if design.method == SOXR_HQ else _sinc(design)
-        fill = -bank.filters.shape[1] % _AT_ONCE
+        taps = bank.filters.shape[1]
+        fill = _filled(taps) - taps
         first = None if bank.first is None else torch.nn.functional.pad(bank.first, (0, fill))
         return Bank(torch.nn.functional.pad(bank.filters, (0, fill)), first, bank.left)
 
-    return _outside_modes(make)
+    return outside_modes(make)
 
 
 def _sinc(design: Filter) -> Bank:
@@ -188,9 +214,10 @@ def _sinc(design: Filter) -> Bank:
     """
     orig, new, width = design.orig, design.new, design.width
     cutoff = min(orig, new) * design.rolloff
-    left = math.floor(width * orig / cutoff)
+    left = design.reach(width, design.rolloff)
     taps = 2 * left + 2
-    design.check_size(taps + -taps % _AT_ONCE)
+    design.check_width()
+    design.check_size(_filled(taps))
     phase = torch.arange(new, device="cpu")[:, None]
     sample = torch.arange(taps, device="cpu") - left + phase * orig // new
     crossings = (sample * new - phase * orig).double() * (cutoff / (orig * new))

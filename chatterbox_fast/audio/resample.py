@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import ops, selftest
 from ..options import Backend
 from .bank import Filter, bank_for, bank_of, lengths
 
@@ -39,7 +39,7 @@ def resample(
             the package soxr when a ratio is first met, to read its filter: milliseconds, seconds
             where rates differ by ten times and more.
         beta: the shape of Kaiser's window; None is 14.769656459379492.
-        backend: which implementation to prefer, see `dispatch.choose`.
+        backend: which implementation to prefer, see `selftest.choose`.
 
     Returns:
         ``(..., time')`` in the waveform's dtype: ``time' = ceil(time * new_freq / orig_freq)``,
@@ -65,13 +65,18 @@ def _by(design: Filter | None, waveform: Tensor, backend: Backend) -> Tensor:
     samples = waveform.shape[-1]
     computed, length = lengths(design, samples)
     rows = waveform.reshape(math.prod(waveform.shape[:-1]), samples).contiguous()
-    y = ops.resample(
-        rows, bank.filters, bank.first, stride=design.orig, left=bank.left, length=computed,
-        backend=backend,
-    )  # fmt: skip
+    chosen = _chosen(rows.device, backend, rows.dtype)
+    kernel = ops.resample_by("reference" if ops.differentiated(rows) else chosen)
+    y = kernel(rows, bank.filters, bank.first, stride=design.orig, left=bank.left, length=computed)
     if torch.compiler.is_compiling() or computed != length:  # compiled, a branch is a graph more
         y = nn.functional.pad(y, (0, length - computed))
     return y.reshape(*waveform.shape[:-1], length)
+
+
+@torch.compiler.assume_constant_result
+def _chosen(device: torch.device, backend: Backend, dtype: torch.dtype) -> str:
+    """The backend by `selftest.choose`, which torch.compile does not look into."""
+    return selftest.choose("resample", device, backend, dtype).backend
 
 
 def _check(waveform: Tensor) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-from .. import dispatch
+import torch
+
+from .. import selftest
 from ..options import Backend, Options
 from ..precision import choose_precision
 from ..site import Row, Site
@@ -34,7 +36,7 @@ def embed_ref_site(s3gen: Any, options: Options) -> Site:
         return "exact keeps stock's bits" if precise.precision == "exact" else None
 
     def describe() -> list[Row]:
-        choice = dispatch.choose("resample", s3gen.device, options.backend)
+        choice = selftest.choose("resample", s3gen.device, options.backend, torch.float32)
         op = Row("  resample", "op", choice.backend, choice.reason)
         if (reason := why_not(s3gen)) is not None:
             return [Row("s3gen.embed_ref", "stock's resampler", "torch", reason), op]
