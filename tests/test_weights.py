@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import engine_of
 from safetensors.torch import save_model
 
@@ -68,8 +69,6 @@ def test_a_patched_model_can_be_saved_loaded_copied_and_trained(
 def test_narrow_weights_are_a_copy(tiny: Any, narrow: str, dtype: torch.dtype) -> None:
     packed = engine_of(tiny, precision=narrow).weights
     ours, layer = packed.decode.layers[1], tiny.tfmr.layers[1]
-    down = layer.mlp.down_proj.weight
-    assert packed.prefill.layers[1].down.weight.data_ptr() == down.data_ptr()
     assert ours.down.weight.dtype == packed.decode.head.weight.dtype == dtype
     assert ours.input_norm.weight.dtype == packed.decode.speech_emb.dtype == torch.float32
     fused = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]).detach()
@@ -86,6 +85,24 @@ def test_narrow_weights_are_a_copy(tiny: Any, narrow: str, dtype: torch.dtype) -
     assert torch.equal(gate_up.scale, fused.abs().amax(dim=1) / 127)
     error = (gate_up.weight * gate_up.scale[:, None] - fused).abs()
     assert (error <= 0.501 * gate_up.scale[:, None]).all()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_what_prefill_reads_and_multiplies_in_on_a_cpu(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, precision: str, multiplies: bool
+) -> None:
+    """In bfloat16 where the CPU multiplies it, int8 too, which reads the own matrices for it."""
+    monkeypatch.setattr(weights, "cpu_multiplies_bf16", lambda: multiplies)
+    packed = engine_of(tiny, precision=precision).weights
+    down, own = packed.prefill.layers[1].down, tiny.tfmr.layers[1].mlp.down_proj.weight
+    assert (packed.prefill is packed.decode) == (multiplies and precision == "bf16")
+    assert packed.prefill is packed.decode or down.weight.data_ptr() == own.data_ptr()
+    x, dtype = torch.randn(9, own.shape[1]), torch.bfloat16 if multiplies else torch.float32
+    with torch.no_grad():
+        assert torch.equal(down(x), F.linear(x.to(dtype), own.to(dtype)).float())
+    if not multiplies:
+        assert packed.prefill.cache_dtype == torch.float32
 
 
 def test_a_row_of_zeros_is_quantised_to_zeros() -> None:
@@ -112,7 +129,7 @@ def test_ugly_rows_are_quantised_to_what_they_are() -> None:
     assert ((restored - weight.double())[:2].abs() <= 5e-44).all()
     assert (restored[0].sign() == weight[0].sign()).all()
     for rows in (1, 9):  # by the kernel, and by torch
-        projection = Projection(narrow, scale, "extension")
+        projection = Projection(narrow, scale, "extension", torch.bfloat16)
         y = projection(torch.ones(rows, 8))
         assert y[:, [0, 1, 4]].isfinite().all()
         assert not y[:, [2, 3]].isfinite().any()
@@ -122,7 +139,7 @@ def test_many_rows_read_int8_as_it_is() -> None:
     """As few do: neither a weight nor its scale is rounded on the way."""
     weight = torch.arange(-127, 128, dtype=torch.int8)[:, None]
     scale = torch.rand(255, generator=torch.Generator().manual_seed(0)) + 0.1
-    y = Projection(weight, scale, "torch")(torch.ones(9, 1))
+    y = Projection(weight, scale, "torch", torch.bfloat16)(torch.ones(9, 1))
     assert torch.equal(y, (weight[:, 0] * scale).expand(9, -1))
 
 

@@ -40,6 +40,7 @@ class Projection(NamedTuple):
     weight: Tensor  # (N, K), float or int8
     scale: Tensor | None  # (N,) float32 of an int8 weight
     kernel: str
+    many: torch.dtype  # what torch multiplies many rows in; bfloat16 has every int8
 
     def __call__(
         self,
@@ -72,10 +73,8 @@ class Projection(NamedTuple):
         return self.kernel != "torch" and x.numel() <= ops.MAX_SKINNY_ROWS * x.shape[-1]
 
     def _by_torch(self, x: Tensor) -> Tensor:
-        if self.scale is None:
-            return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
-        half = torch.bfloat16  # has every int8; the scale is not rounded to it
-        return F.linear(x.to(half), self.weight.to(half)).to(x.dtype) * self.scale
+        y = F.linear(x.to(self.many), self.weight.to(self.many)).to(x.dtype)
+        return y if self.scale is None else y * self.scale
 
 
 Projections = tuple[Projection, ...]
