@@ -104,7 +104,7 @@ def ten_seconds(folder: Path) -> Path:
 
 
 def summary(variant: str, seconds: float, runs: list[tuple[Run, int | None]]) -> dict[str, Any]:
-    """The medians of all rounds."""
+    """The medians of all rounds, and their highest peak."""
     audio = runs[0][0].wav.shape[-1] / 24000
     stages = {stage: statistics.median(run.seconds[stage] for run, _ in runs) for stage in STAGES}
     return {
@@ -114,7 +114,7 @@ def summary(variant: str, seconds: float, runs: list[tuple[Run, int | None]]) ->
         "tokens": len(runs[0][0].tokens),
         "stages": stages,
         "real_time_factor": stages["total"] / audio,
-        "peak_bytes": runs[-1][1],
+        "peak_bytes": max((peak for _, peak in runs if peak is not None), default=None),
         "rounds": len(runs),
     }
 

@@ -47,6 +47,7 @@ from chatterbox_fast.t3.weights import bytes_of
 from chatterbox_fast.testing import VOICE_PROMPT, random_model, random_t3
 
 START, TEXT = 6561, torch.tensor([[255, *range(3, 60), 0]])
+LONG_TEXT = torch.tensor([[255, *range(3, 121), 0]])
 Step = Callable[[], Any]
 ROUNDS = 4
 
@@ -264,12 +265,38 @@ class Sum:
         return self.data.sum()
 
 
-def fidelity(t3: Any, device: torch.device, count: int) -> dict[str, float]:
-    """Divergence of every precision from stock in float32, over `count` tokens stock drew."""
+def conditioning(device: torch.device) -> Any:
+    """The example voice, as T3 takes it."""
     model = random_model("english", "tiny", device=str(device))
     model.prepare_conditionals(VOICE_PROMPT)
-    cond, text = model.conds.t3, TEXT.to(device)
-    cond.cond_prompt_speech_emb = None
+    model.conds.t3.cond_prompt_speech_emb = None
+    return model.conds.t3
+
+
+def prefill(t3: Any, device: torch.device, failures: dict[str, str]) -> dict[str, Any]:
+    """Milliseconds from a text to the first token's logits, medians.
+
+    The voice is known: ours has its prefix, stock computes it each time.
+    """
+    cond, text, one = conditioning(device), LONG_TEXT.to(device), torch.tensor([7], device=device)
+    calls: dict[str, Step] = {}
+    for name, stock in (("stock", t3), ("stock, bf16", copy.deepcopy(t3).bfloat16())):
+        calls[name] = lambda stock=stock: stock_logits(stock, cond, text, one)
+    for precision in ("exact", "bf16", "int8"):
+        engine = Engine(t3, Options(precision=precision))
+        calls[f"ours, {precision}"] = lambda engine=engine: engine_logits(
+            t3, engine, cond, text, one
+        )
+    samples = measure(calls, ROUNDS, device, failures)
+    return {
+        "text_tokens": text.shape[1],
+        "median_ms": {name: statistics.median(each) / 1e3 for name, each in samples.items()},
+    }
+
+
+def fidelity(t3: Any, device: torch.device, count: int) -> dict[str, float]:
+    """Divergence of every precision from stock in float32, over `count` tokens stock drew."""
+    cond, text = conditioning(device), TEXT.to(device)
     torch.manual_seed(1)
     tokens = t3.inference(
         t3_cond=copy.copy(cond), text_tokens=text.expand(2, -1), max_new_tokens=count
@@ -296,6 +323,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         **conditions(device, arguments.size),
         "read_bandwidth": {},
         "divergence": fidelity(t3, device, arguments.forced) if arguments.forced else {},
+        "prefill": prefill(t3, device, failures),
         "failures": failures,
         "t3_decode": [],
     }  # fmt: skip

@@ -107,12 +107,12 @@ def t3_decode_table(raw: dict[str, Any]) -> str:
     for result in raw["t3_decode"]:
         found.setdefault(result["variant"], {})[result["positions"]] = result
     lengths = sorted(found["stock"])
-    divergence = raw["divergence"]
+    divergence, prefill = raw["divergence"], raw["prefill"]["median_ms"]
     rows = [
         "| variant | "
         + " | ".join(f"tokens/s at {length}" for length in lengths)
-        + " | against stock | ops a step | share of read bandwidth | KL to stock |",
-        "|---" * (len(lengths) + 5) + "|",
+        + " | against stock | ops a step | share of read bandwidth | KL to stock | prefill |",
+        "|---" * (len(lengths) + 6) + "|",
     ]
     for variant, results in found.items():
         speeds = [1e6 / results[length]["median_us"] for length in lengths]
@@ -125,6 +125,7 @@ def t3_decode_table(raw: dict[str, Any]) -> str:
             "–" if first["dispatched"] is None else str(first["dispatched"]),
             f"{first['share_of_read_bandwidth']:.0%}",
             "–" if kl is None else f"{kl:.1e}",
+            _clock(prefill[variant] / 1e3) if variant in prefill else "–",
         ]
         rows.append(f"| {' | '.join(cells)} |")
     machine = raw["machine"]
@@ -134,7 +135,9 @@ def t3_decode_table(raw: dict[str, Any]) -> str:
             "",
             f"Medians; the ratio, ops and bandwidth at {lengths[0]} cached positions. KL: mean "
             "divergence from float32 stock in nats over a few forced tokens, at an entropy of "
-            f"{divergence['entropy']:.1f}. {machine['device']}, {machine['threads']} threads, "
+            f"{divergence['entropy']:.1f}. Prefill: {raw['prefill']['text_tokens']} tokens of text "
+            "and a voice that was met before. "
+            f"{machine['device']}, {machine['threads']} threads, "
             f"torch {machine['torch']}, weights: {raw['weights']}, {raw['when'][:10]}, "
             f"commit {raw['commit']}.",
             *(f"Does not run here: {name} ({why})." for name, why in raw["failures"].items()),

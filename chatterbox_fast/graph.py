@@ -16,8 +16,8 @@ _beginning = Lock()
 
 
 CAPTURES = 3
-"""How many may fail before nobody tries again: what somebody else did in this moment may have ended
-the first."""
+"""How many may fail in a row before nobody tries again: what somebody else did in this moment may
+have ended the first."""
 
 
 class CaptureError(RuntimeError):

@@ -38,7 +38,7 @@ class SamplingParams:
         """Raises ValueError where a parameter is outside its range (NaN always is), TypeError
         where it is no number."""
         for name, value in vars(self).items():
-            if not isinstance(value, Real) or isinstance(value, bool):
+            if not isinstance(value, Real):
                 raise TypeError(f"chatterbox_fast: {name} must be a number, got {value!r}")
         _require("cfg_weight", self.cfg_weight, self.cfg_weight >= 0, ">= 0")
         penalty, temperature = self.repetition_penalty, self.temperature

@@ -39,6 +39,6 @@ PYBIND11_MODULE(_C, module) {
              "What this extension was built with: torch, compiler, C++ standard, CUDA, archs.");
   module.def("draws_in_place", &chatterbox_fast::draws_in_place,
              "Whether cfg_sample on a CPU draws in place what torch's exponential_ would draw.");
-  module.def("draw_in_place", &chatterbox_fast::draw_in_place, py::arg("in_place"),
+  module.def("draw_in_place", &chatterbox_fast::draw_in_place, py::arg("where_it_can"),
              "For tests: lets cfg_sample on a CPU draw in place, or call exponential_.");
 }

@@ -97,16 +97,20 @@ def random_case(source: random.Random, turbo: bool = False) -> Case:
 @pytest.fixture
 def by_exponential() -> Iterator[None]:
     """The CPU op calls exponential_, as with a torch whose numbers it cannot draw itself."""
-    assert _C.draws_in_place()
+    before = _C.draws_in_place()
     _C.draw_in_place(False)
     yield
     _C.draw_in_place(True)
+    assert _C.draws_in_place() == before
 
 
 @pytest.mark.usefixtures("by_exponential")
 def test_draws_are_stocks_by_torchs_own_exponential() -> None:
     test_random_draws_are_stocks("cuda", 300, turbo=False)
-    test_one_generator_for_all_rows_is_multinomials("cuda")
+    with torch.profiler.profile() as profile:
+        test_one_generator_for_all_rows_is_multinomials("cuda")
+    called = [event.name for event in profile.events()]
+    assert called.count("aten::exponential_") == 2, "by multinomial, and by the op"
 
 
 @pytest.mark.parametrize("turbo", [False, True])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -51,7 +50,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changed", "message"), BAD)
 @pytest.mark.parametrize("backend", ["cuda", "reference"])
 def test_every_backend_names_a_bad_argument(backend: Any, changed: Any, message: str) -> None:
-    """In the same words, but for how Python shows a shape; and draws nothing."""
+    """In the same words, but for how Python shows a shape or a dtype; and draws nothing."""
     call = arguments(torch.float32, **changed)
     with pytest.raises(RuntimeError, match=f"^chatterbox_fast::cfg_sample: .*{message}"):
         ops.cfg_sample(**call, backend=backend)
@@ -77,17 +76,8 @@ def test_float64_is_checked_too() -> None:
 
 
 @pytest.mark.parametrize("name", ["cfg_weight", "temperature", "min_p", "top_k"])
-@pytest.mark.parametrize(
-    ("value", "error", "message"),
-    [
-        (True, TypeError, "must be a number, got True"),
-        (10**400, ValueError, "must be finite and .*, got 1000"),
-        (-(10**400), ValueError, "must be finite and .*, got -1000"),
-    ],
-    ids=["bool", "large", "negative"],
-)
-def test_parameters_of_sampling_are_named(
-    name: str, value: Any, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=f"^{re.escape(f'chatterbox_fast: {name}')} {message}"):
+@pytest.mark.parametrize(("value", "start"), [(10**400, "1000"), (-(10**400), "-1000")])
+def test_numbers_beyond_a_doubles_range_are_named(name: str, value: int, start: str) -> None:
+    message = f"chatterbox_fast: {name} must be finite and .*, got {start}"
+    with pytest.raises(ValueError, match=f"^{message}"):
         SamplingParams(**{name: value})

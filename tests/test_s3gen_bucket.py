@@ -233,7 +233,7 @@ def test_a_size_without_room_runs_eagerly_and_lets_the_others_be(
     assert capture.call_count == 4, "it is not tried again, and evicts nobody"
     assert len(small._buckets) == 1
     assert small.eager_because is None, "other sizes have room"
-    assert small.without_room == "no memory for a graph of 32 tokens"
+    assert small.without_room == "no memory for a graph of 32 tokens in 2 steps"
     with mock.patch.object(FlowEngine, "without_room", "no memory"):
         assert "no memory" in Engine(rough_s3gen()).rows()[0].why, "a report says so"
     small.mel(*large, 3)

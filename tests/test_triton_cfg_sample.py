@@ -307,7 +307,7 @@ def arguments(**changed: Any) -> dict[str, Any]:
         ({"stop_action": torch.zeros(1)}, "stop_action must be torch.int32"),
         ({"stop_token": 5}, r"stop_token must be in \[0, 5\), got 5"),
         ({"forget": 5}, r"forget must be -1 or in \[0, 5\), got 5"),
-        ({"threads": 0}, "threads must be a positive multiple of 256, got 0"),
+        ({"threads": 0}, r"threads must be a positive multiple of 256 below 2\^31, got 0"),
     ],
 )
 def test_arguments_are_checked(changed: dict[str, Any], message: str) -> None:

@@ -181,7 +181,7 @@ def replaced(t3: Any) -> None:
     [
         (exchanged, None),
         (written_to, None),
-        (hooked, "a T3CondEnc has a forward hook"),
+        (hooked, None),
         (replaced, "T3 has a prepare_conditioning of its own"),
     ],
 )

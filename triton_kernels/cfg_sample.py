@@ -225,7 +225,8 @@ def cfg_sample(
     )
     rows, vocabulary = seen.shape
     _must(philox is not None, "philox", "given", None)
-    _must(threads > 0 and threads % 256 == 0, "threads", "a positive multiple of 256", threads)
+    fits = 0 < threads < 2**31 and threads % 256 == 0
+    _must(fits, "threads", "a positive multiple of 256 below 2^31", threads)
     token = torch.empty(rows, dtype=torch.long, device=seen.device)
     if rows == 0:
         return token

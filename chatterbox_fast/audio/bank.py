@@ -24,8 +24,8 @@ _PARAMETERS: tuple[int, float, None] = (6, 0.99, None)
 """lowpass_filter_width, rolloff and beta that mean nothing was chosen."""
 _AT_ONCE = 8
 """Taps are filled up with zeros to a multiple of what a CPU multiplies at once."""
-_captured: dict[int, Bank] = {}
-"""By identity, for good: a CUDA graph reads the filters that it captured at every replay."""
+_captured: dict[tuple[Filter, torch.device, torch.dtype], Bank] = {}
+"""For good: a CUDA graph reads the filters that it captured at every replay."""
 
 
 class BankTooLarge(ValueError):
@@ -162,7 +162,7 @@ def _bank_on(design: Filter, device: torch.device, dtype: torch.dtype) -> Bank:
 @torch.compiler.assume_constant_result
 def bank_of(design: Filter, device: torch.device, dtype: torch.dtype) -> Bank:
     """The filters of `design` on `device`, in `dtype`: float32 or float64."""
-    return _bank_on(design, device, dtype)
+    return _captured.get((design, device, dtype)) or _bank_on(design, device, dtype)
 
 
 def bank_for(design: Filter, waveform: Tensor) -> Bank:
@@ -173,7 +173,7 @@ def bank_for(design: Filter, waveform: Tensor) -> Bank:
         return bank
     if not isinstance(waveform, FakeTensor):
         if waveform.is_cuda:
-            _outlive_eviction(bank)
+            _outlive_eviction(bank, (design, waveform.device, wide))
         return bank
     if (mode := waveform.fake_mode).allow_non_fake_inputs:
         return bank
@@ -181,10 +181,10 @@ def bank_for(design: Filter, waveform: Tensor) -> Bank:
     return bank._replace(filters=mode.from_tensor(bank.filters), first=first)
 
 
-def _outlive_eviction(bank: Bank) -> None:
+def _outlive_eviction(bank: Bank, key: tuple[Filter, torch.device, torch.dtype]) -> None:
     """Keeps the filters for kernels that read them after the cache has let them go."""
     if torch.cuda.is_current_stream_capturing():
-        _captured[id(bank)] = bank
+        _captured[key] = bank
         return
     for tensor in (bank.filters, bank.first):
         if tensor is not None:  # made on the default stream, which would use its memory at once

@@ -98,9 +98,10 @@ class FlowEngine:
     @property
     def without_room(self) -> str | None:
         """Which utterances run eagerly, as there is no memory for their graph; None: all have."""
-        if not (sizes := sorted({tokens for tokens, _ in self._too_large})):
+        if not (keys := sorted(self._too_large.copy())):
             return None
-        return f"no memory for a graph of {', '.join(map(str, sizes))} tokens"
+        sizes = ", ".join(f"{tokens} tokens in {steps} steps" for tokens, steps in keys)
+        return f"no memory for a graph of {sizes}"
 
     def table(self, n_timesteps: int) -> TimeTable:
         """The time table of `n_timesteps` Euler steps."""
@@ -127,12 +128,9 @@ class FlowEngine:
         """
         size = bucket_for(tokens.shape[1]) if len(tokens) == 1 else None
         if self.eager_because is None and size is not None:
-            try:
-                mel = self._captured((size, n_timesteps), tokens, speaker, prompt, noise)
-                if mel is not None:
-                    return mel
-            except CaptureError as failure:
-                self._capture_failed(str(failure))
+            mel = self._captured((size, n_timesteps), tokens, speaker, prompt, noise)
+            if mel is not None:
+                return mel
         frames = noise.shape[1]
         mu = encode(self.encoder, tokens)[:, :frames]
         prompt = F.pad(prompt, (0, 0, 0, frames - prompt.shape[1]))
@@ -153,12 +151,12 @@ class FlowEngine:
         return torch.full((rows,), frames, dtype=torch.int32, device=self.device)
 
     def _captured(self, key: tuple[int, int], *inputs: Tensor) -> Tensor | None:
-        """The mel by a graph; None where there is no room for one of that size and steps.
+        """The mel by a graph; None where there is none of that size and steps.
 
         One at a time: they share the memory of what they compute.
         """
         with self._turn:
-            if key in self._too_large:
+            if key in self._too_large or self.eager_because is not None:
                 return None
             if self._done is not None:
                 torch.cuda.current_stream(self.device).wait_event(self._done)
@@ -171,13 +169,12 @@ class FlowEngine:
                     self._done = torch.cuda.current_stream(self.device).record_event()
 
     def _capture_failed(self, why: str) -> None:
-        """Lets all graphs go, whose pool takes no other then; after some failures for good."""
-        with self._turn:
-            self._failed_captures += 1
-            if self._failed_captures == CAPTURES:
-                self.eager_because = why
-            settle_all(self.device)
-            self._forget()
+        """Lets all graphs go, whose pool takes no other then; after some in a row for good."""
+        self._failed_captures += 1
+        if self._failed_captures == CAPTURES:
+            self.eager_because = why
+        settle_all(self.device)
+        self._forget()
 
     def _forget(self) -> None:
         self._buckets.clear()
@@ -185,7 +182,9 @@ class FlowEngine:
         free_cached(self.device)
 
     def _bucket(self, key: tuple[int, int]) -> Bucket | None:
-        """A bucket, if need be in place of all others; None where even that is not enough."""
+        """A bucket, if need be in place of all others; None where even that is not enough, or where
+        its capture failed.
+        """
 
         def make() -> Bucket:
             settle(self.device)  # what is forgotten in its favour may still run
@@ -194,11 +193,19 @@ class FlowEngine:
             return Bucket(flow, size, lambda step: capture(step, self.device, self._pool))
 
         while True:
+            said = None
             try:
-                return self._buckets.get(key, make)
+                bucket = self._buckets.get(key, make)
+                self._failed_captures = 0
+                return bucket
             except torch.OutOfMemoryError:
                 alone = len(self._buckets) == 0
+            except CaptureError as failure:
+                said = str(failure)
             # Not before the exception is gone, which keeps the half-made bucket alive.
+            if said is not None:
+                self._capture_failed(said)
+                return None
             self._forget()
             if alone:
                 self._too_large.add(key)

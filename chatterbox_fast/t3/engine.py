@@ -23,7 +23,7 @@ from ..graph import (
     settle_all,
     why_no_graph,
 )
-from ..modules import Fingerprint, signature
+from ..modules import Fingerprint, signature, why_not_called
 from ..options import Options
 from ..overrides import is_ours
 from ..precision import choose_precision
@@ -76,8 +76,8 @@ class Engine:
             return new_slot()(rows, capacity)  # type: ignore[misc]
 
         self.slots = SlotPool(make, kept_bytes(self.device))
-        self._voices: Recent[bytes, VoicePrefix] = Recent(MOST_VOICES)
-        self._conditioning = Fingerprint(t3.cond_enc)
+        self._voices: Recent[tuple[int, bytes], VoicePrefix] = Recent(MOST_VOICES)
+        self._conditioning = 0, Fingerprint(t3.cond_enc)
         self._rotary = t3.tfmr.rotary_emb
 
     @property
@@ -95,12 +95,9 @@ class Engine:
         """Whether the random state lives in device memory, where a kernel advances it."""
         return self.device.type == "cuda" and self.sampler != "reference"
 
-    def conditions_like(self, t3: Any) -> bool:
-        """Whether `t3` would still make of a voice what it did when the engine was made."""
-        return self._conditioning.is_still(t3.cond_enc)
-
     def voice(self, t3: Any, t3_cond: Any, key: bytes | None = None) -> VoicePrefix:
-        """What the voice leaves in the KV cache; computed once.
+        """What the voice leaves in the KV cache; computed once, and again where what makes it has
+        changed; each time where somebody's hooks or methods may do more than that.
 
         Args:
             key: what `check_conditioning` returned for it, where it was asked before.
@@ -115,7 +112,14 @@ class Engine:
             settle(self.device)
             return prefix
 
-        return self._voices.get(key or check_conditioning(t3, t3_cond), make)
+        key = key or check_conditioning(t3, t3_cond)
+        if why_not_called((t3.cond_enc,)) is not None:
+            return make()
+        version, known = self._conditioning
+        if not known.is_still(t3.cond_enc):
+            version += 1
+            self._conditioning = version, Fingerprint(t3.cond_enc)
+        return self._voices.get((version, key), make)
 
     def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         """cos and sin ``(positions, D)``, computed by stock's own rotary module."""
@@ -186,7 +190,7 @@ class Engines:
             asked = dispatch.requested_backend(self._options.backend), graph_settings()
             known, engine = self._of.get(t3, (None, None))
             now = asked, signature(t3)
-            if engine is not None and known == now and engine.conditions_like(t3):
+            if engine is not None and known == now:
                 return engine
             if engine is not None:
                 settle_all(engine.device)

@@ -86,8 +86,9 @@ def _check_prompt(t3: Any, tokens: Tensor | None, embedded: Tensor | None) -> No
     _must(tokens.dim() == 2 and len(tokens) == 1, name, "(1, n)", tuple(tokens.shape))
     if not tokens.numel():
         return
-    known = int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary
-    _must(known, name, f"in [0, {vocabulary})", f"{int(tokens.min())} to {int(tokens.max())}")
+    lowest, highest = torch.stack(tokens.aminmax()).tolist()
+    known = lowest >= 0 and highest < vocabulary
+    _must(known, name, f"in [0, {vocabulary})", f"{lowest} to {highest}")
     most = t3.speech_pos_emb.emb.num_embeddings
     _must(tokens.shape[-1] <= most, name, f"at most {most} long", tokens.shape[-1])
 

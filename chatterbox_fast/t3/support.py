@@ -57,7 +57,7 @@ def why_unsupported(t3: Any) -> str | None:
         or _why_not_layers(t3)
         or _why_not_methods(t3)
         or _why_not_conditioning(t3)
-        or why_not_called((t3.tfmr, t3.speech_head, t3.speech_emb, t3.speech_pos_emb, t3.cond_enc))
+        or why_not_called((t3.tfmr, t3.speech_head, t3.speech_emb, t3.speech_pos_emb))
         or _why_not_tensors(t3)
         or _why_not_autocast(t3)
     )

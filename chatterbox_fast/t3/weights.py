@@ -89,7 +89,8 @@ class _Own:
     def __init__(self, t3: Any, precise: Precise) -> None:
         self.kernel = precise.linear.backend
         self.cache_dtype = self.many = t3.speech_head.weight.dtype
-        if precise.precision != "exact" and cpu_multiplies_bf16():
+        on_cpu = t3.device.type == "cpu"
+        if precise.precision != "exact" and on_cpu and cpu_multiplies_bf16():
             self.many = torch.bfloat16
 
     def __call__(self, *parameters: nn.Parameter) -> Projections:

@@ -277,7 +277,7 @@ at::Tensor cfg_sample(const at::Tensor& logits, at::Tensor seen, const at::Tenso
 
 bool draws_in_place() { return in_place(); }
 
-void draw_in_place(bool wanted) { in_place() = wanted; }
+void draw_in_place(bool where_it_can) { in_place() = where_it_can && is_torchs_stream(); }
 
 }  // namespace chatterbox_fast
 

@@ -17,10 +17,10 @@
 // its token is 0. A row with kCfgSampleStopped on entry keeps its flags.
 //
 // Launch: one block a row, a row's scores in registers (kItems a thread). Without top-k and top-p
-// it is three block reductions over 8 V bytes of logits that the head just left in L2, so the bound
-// is latency: about a dozen barriers. min-p goes first (all three keep what is above a score, so
-// their order is free), as few survive it: those are ranked against each other. Only where more
-// are left do top-k and top-p look for the part of the row that the cut falls into first.
+// it is two block reductions over 8 V bytes of logits that the head just left in L2, so the bound
+// is latency. min-p goes before top-k (both keep what is above a score, so their order is free), as
+// few survive it: those are ranked against each other. Only where more are left do top-k and top-p
+// look for the part of the row that the cut falls into first.
 #pragma once
 
 #include "cfg_sample.h"
