@@ -26,9 +26,4 @@ CfgSampleSizes check_cfg_sample(const at::Tensor& logits, const at::Tensor& seen
                                 const std::optional<at::Tensor>& stop_action, int64_t stop_token,
                                 int64_t forget, int64_t philox_threads);
 
-// Whether the CPU op draws in place what torch's exponential_ would have drawn; found out by
-// trying. A test may ask for the other way, which is right with any torch.
-bool draws_in_place();
-void draw_in_place(bool where_it_can);
-
 }  // namespace chatterbox_fast

@@ -5,7 +5,6 @@
 #include <string>
 
 #include "build_info.h"
-#include "cfg_sample.h"
 #ifndef CBF_WITH_CUDA
 #include "cbf_missing.h"  // written by setup.py: why there is no CUDA, as CBF_MISSING
 #endif
@@ -37,8 +36,4 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "chatterbox_fast: compiled ops, registered as torch.ops.chatterbox_fast.*";
   module.def("build_info", &build_info,
              "What this extension was built with: torch, compiler, C++ standard, CUDA, archs.");
-  module.def("draws_in_place", &chatterbox_fast::draws_in_place,
-             "Whether cfg_sample on a CPU draws in place what torch's exponential_ would draw.");
-  module.def("draw_in_place", &chatterbox_fast::draw_in_place, py::arg("where_it_can"),
-             "For tests: lets cfg_sample on a CPU draw in place, or call exponential_.");
 }

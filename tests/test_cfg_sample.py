@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from chatterbox_fast import _C, dispatch, ops, reference
+from chatterbox_fast import dispatch, ops, reference
 from chatterbox_fast.reference import FAILED, FORCE, KEEP, STOPPED, SUPPRESS
 from chatterbox_fast.rng import PhiloxStream
 from chatterbox_fast.sampling import SamplingParams
@@ -97,11 +97,12 @@ def random_case(source: random.Random, turbo: bool = False) -> Case:
 @pytest.fixture
 def by_exponential() -> Iterator[None]:
     """The CPU op calls exponential_, as with a torch whose numbers it cannot draw itself."""
-    before = _C.draws_in_place()
-    _C.draw_in_place(False)
+    testing = torch.ops.chatterbox_fast_testing
+    before = testing.draws_in_place()
+    testing.draw_in_place(False)
     yield
-    _C.draw_in_place(True)
-    assert _C.draws_in_place() == before
+    testing.draw_in_place(True)
+    assert testing.draws_in_place() == before
 
 
 @pytest.mark.usefixtures("by_exponential")

@@ -706,6 +706,7 @@ def no_banks() -> None:
     """Filters are made anew."""
     banks._designed.cache_clear()
     banks._bank_on.cache_clear()
+    banks._captured.clear()
 
 
 @pytest.mark.usefixtures("no_banks")
@@ -807,9 +808,13 @@ class TestOnAGpu:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = resample(waveform, 44100, 24000, resampling_method=method, backend="cuda")
+        (kept,) = banks._captured.values()
         written = forget_and_overwrite()
         graph.replay()
         assert torch.equal(y, expected)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            resample(waveform, 44100, 24000, resampling_method=method, backend="cuda")
+        assert list(banks._captured.values()) == [kept], "one, whoever else captures it"
         del written
 
     @pytest.mark.usefixtures("no_banks")

@@ -23,7 +23,7 @@ from ..graph import (
     settle_all,
     why_no_graph,
 )
-from ..modules import Fingerprint, signature, why_not_called
+from ..modules import Fingerprint, signature
 from ..options import Options
 from ..overrides import is_ours
 from ..precision import choose_precision
@@ -34,7 +34,7 @@ from .decode_step import decode_step
 from .pool import Slot, SlotPool, kept_bytes
 from .prefill import MOST_VOICES, VoicePrefix, check_conditioning, voice_prefix
 from .state import CAPACITIES, DecodeState
-from .support import head_dim
+from .support import head_dim, why_voices_are_not_kept
 
 
 class Engine:
@@ -113,7 +113,7 @@ class Engine:
             return prefix
 
         key = key or check_conditioning(t3, t3_cond)
-        if why_not_called((t3.cond_enc,)) is not None:
+        if why_voices_are_not_kept(t3) is not None:
             return make()
         version, known = self._conditioning
         if not known.is_still(t3.cond_enc):

@@ -85,9 +85,15 @@ def _why_not_inference(stock_class: type) -> str | None:
 
 
 def _why_not_methods(t3: Any) -> str | None:
-    ours = frozenset(("inference",))
-    reason = Methods(type(t3), ours).why_replaced(t3)
+    called = frozenset(("inference", "prepare_conditioning"))  # the first is ours by now
+    reason = Methods(type(t3), called).why_replaced(t3)
     return None if reason is None else f"T3 {reason}"
+
+
+def why_voices_are_not_kept(t3: Any) -> str | None:
+    """What somebody put into what makes a voice, and wants to be called each time; or None."""
+    ours = frozenset(("inference",))
+    return Methods(type(t3), ours).why_replaced(t3) or why_not_called((t3.cond_enc,))
 
 
 def _why_not_conditioning(t3: Any) -> str | None:
