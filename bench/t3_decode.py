@@ -18,6 +18,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -273,21 +274,35 @@ def conditioning(device: torch.device) -> Any:
     return model.conds.t3
 
 
-def prefill(t3: Any, device: torch.device, failures: dict[str, str]) -> dict[str, Any]:
+def prefill(
+    t3: Any, device: torch.device, failures: dict[str, str], wanted: Callable[[str], bool]
+) -> dict[str, Any]:
     """Milliseconds from a text to the first token's logits, medians.
 
     The voice is known: ours has its prefix, stock computes it each time.
     """
     cond, text, one = conditioning(device), LONG_TEXT.to(device), torch.tensor([7], device=device)
-    calls: dict[str, Step] = {}
-    for name, stock in (("stock", t3), ("stock, bf16", copy.deepcopy(t3).bfloat16())):
-        calls[name] = lambda stock=stock: stock_logits(stock, cond, text, one)
-    for precision in ("exact", "bf16", "int8"):
+
+    def by_stock(stock: Any) -> Step:
+        return lambda: stock_logits(stock, cond, text, one)
+
+    def by_ours(precision: str) -> Step:
         engine = Engine(t3, Options(precision=precision))
-        calls[f"ours, {precision}"] = lambda engine=engine: engine_logits(
-            t3, engine, cond, text, one
-        )
-    samples = measure(calls, ROUNDS, device, failures)
+        return lambda: engine_logits(t3, engine, cond, text, one)
+
+    makers: dict[str, Callable[[], Step]] = {
+        "stock": lambda: by_stock(t3),
+        "stock, bf16": lambda: by_stock(copy.deepcopy(t3).bfloat16()),
+        **{f"ours, {each}": partial(by_ours, each) for each in ("exact", "bf16", "int8")},
+    }
+    calls, failed = dict[str, Step](), dict[str, str]()
+    for name in filter(wanted, makers):
+        try:
+            calls[name] = makers[name]()
+        except Exception as error:
+            note(failed, name, error)
+    samples = measure(calls, ROUNDS, device, failed)
+    failures |= {f"prefill, {name}": why for name, why in failed.items()}
     return {
         "text_tokens": text.shape[1],
         "median_ms": {name: statistics.median(each) / 1e3 for name, each in samples.items()},
@@ -319,20 +334,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(arguments.device)
     t3 = random_t3("english", arguments.size).to(device)
     failures: dict[str, str] = {}
+
+    def wanted(name: str) -> bool:
+        only = not arguments.only or any(part in name for part in arguments.only)
+        return only and not any(part in name for part in arguments.without)
+
     raw: dict[str, Any] = {
         **conditions(device, arguments.size),
         "read_bandwidth": {},
         "divergence": fidelity(t3, device, arguments.forced) if arguments.forced else {},
-        "prefill": prefill(t3, device, failures),
+        "prefill": prefill(t3, device, failures, wanted),
         "failures": failures,
         "t3_decode": [],
     }  # fmt: skip
-    makers = [
-        (name, make)
-        for name, make in variants(t3)
-        if (not arguments.only or any(part in name for part in arguments.only))
-        and not any(part in name for part in arguments.without)
-    ]
+    makers = [(name, make) for name, make in variants(t3) if wanted(name)]
     for positions in arguments.positions:
         steps, counts = {}, {}
         for name, make in makers:

@@ -38,7 +38,7 @@ def compare(
     if wanted:
         found = selftest.choose(op, device, wanted, torch.float32)  # type: ignore[arg-type]
         if found.backend != make.__name__:
-            pytest.skip(f"no {make.__name__} for {device.type} here")
+            pytest.skip(f"no {make.__name__} for {device.type} here: it would be {found}")
     inputs = work(device)
     call = make(inputs)
     verify(inputs, call)

@@ -173,7 +173,7 @@ def bank_for(design: Filter, waveform: Tensor) -> Bank:
         return bank
     if not isinstance(waveform, FakeTensor):
         if waveform.is_cuda:
-            _outlive_eviction(bank, (design, waveform.device, wide))
+            return _outliving_eviction(bank, (design, waveform.device, wide))
         return bank
     if (mode := waveform.fake_mode).allow_non_fake_inputs:
         return bank
@@ -181,14 +181,14 @@ def bank_for(design: Filter, waveform: Tensor) -> Bank:
     return bank._replace(filters=mode.from_tensor(bank.filters), first=first)
 
 
-def _outlive_eviction(bank: Bank, key: tuple[Filter, torch.device, torch.dtype]) -> None:
-    """Keeps the filters for kernels that read them after the cache has let them go."""
+def _outliving_eviction(bank: Bank, key: tuple[Filter, torch.device, torch.dtype]) -> Bank:
+    """The filters, kept for kernels that read them after the cache has let them go."""
     if torch.cuda.is_current_stream_capturing():
-        _captured[key] = bank
-        return
+        return _captured.setdefault(key, bank)  # of two at once all graphs read the first
     for tensor in (bank.filters, bank.first):
         if tensor is not None:  # made on the default stream, which would use its memory at once
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return bank
 
 
 @functools.lru_cache(CACHED_RATIOS)

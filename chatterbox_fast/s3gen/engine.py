@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from threading import Lock
 from typing import Any, Generic, TypeVar
@@ -90,7 +91,7 @@ class FlowEngine:
         self._tables: Recent[int, TimeTable] = Recent(TABLES)
         self._buckets: Recent[tuple[int, int], Bucket] = Recent(BUCKETS)
         self._too_large: set[tuple[int, int]] = set()
-        self._failed_captures = 0
+        self._failed_captures: Counter[tuple[int, int]] = Counter()
         self._turn = Lock()
         self._done: torch.cuda.Event | None = None
         settle(self.device)
@@ -168,10 +169,10 @@ class FlowEngine:
                 if self.device.type == "cuda":
                     self._done = torch.cuda.current_stream(self.device).record_event()
 
-    def _capture_failed(self, why: str) -> None:
+    def _capture_failed(self, key: tuple[int, int], why: str) -> None:
         """Lets all graphs go, whose pool takes no other then; after some in a row for good."""
-        self._failed_captures += 1
-        if self._failed_captures == CAPTURES:
+        self._failed_captures[key] += 1
+        if self._failed_captures[key] == CAPTURES:
             self.eager_because = why
         settle_all(self.device)
         self._forget()
@@ -196,7 +197,7 @@ class FlowEngine:
             said = None
             try:
                 bucket = self._buckets.get(key, make)
-                self._failed_captures = 0
+                self._failed_captures[key] = 0
                 return bucket
             except torch.OutOfMemoryError:
                 alone = len(self._buckets) == 0
@@ -204,7 +205,7 @@ class FlowEngine:
                 said = str(failure)
             # Not before the exception is gone, which keeps the half-made bucket alive.
             if said is not None:
-                self._capture_failed(said)
+                self._capture_failed(key, said)
                 return None
             self._forget()
             if alone:

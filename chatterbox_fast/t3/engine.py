@@ -34,7 +34,7 @@ from .decode_step import decode_step
 from .pool import Slot, SlotPool, kept_bytes
 from .prefill import MOST_VOICES, VoicePrefix, check_conditioning, voice_prefix
 from .state import CAPACITIES, DecodeState
-from .support import head_dim, why_voices_are_not_kept
+from .support import head_dim
 
 
 class Engine:
@@ -76,8 +76,8 @@ class Engine:
             return new_slot()(rows, capacity)  # type: ignore[misc]
 
         self.slots = SlotPool(make, kept_bytes(self.device))
-        self._voices: Recent[tuple[int, bytes], VoicePrefix] = Recent(MOST_VOICES)
-        self._conditioning = 0, Fingerprint(t3.cond_enc)
+        self._voices: Recent[tuple[Fingerprint, bytes], VoicePrefix] = Recent(MOST_VOICES)
+        self._conditioning = Fingerprint(t3.cond_enc)
         self._rotary = t3.tfmr.rotary_emb
 
     @property
@@ -97,7 +97,7 @@ class Engine:
 
     def voice(self, t3: Any, t3_cond: Any, key: bytes | None = None) -> VoicePrefix:
         """What the voice leaves in the KV cache; computed once, and again where what makes it has
-        changed; each time where somebody's hooks or methods may do more than that.
+        changed.
 
         Args:
             key: what `check_conditioning` returned for it, where it was asked before.
@@ -113,13 +113,10 @@ class Engine:
             return prefix
 
         key = key or check_conditioning(t3, t3_cond)
-        if why_voices_are_not_kept(t3) is not None:
-            return make()
-        version, known = self._conditioning
-        if not known.is_still(t3.cond_enc):
-            version += 1
-            self._conditioning = version, Fingerprint(t3.cond_enc)
-        return self._voices.get((version, key), make)
+        made_by = self._conditioning
+        if not made_by.is_still(t3.cond_enc):
+            made_by = self._conditioning = Fingerprint(t3.cond_enc)
+        return self._voices.get((made_by, key), make)
 
     def rotary(self, positions: int) -> tuple[Tensor, Tensor]:
         """cos and sin ``(positions, D)``, computed by stock's own rotary module."""

@@ -18,7 +18,7 @@ AT_ONCE = 8
 KEPT_BYTES = 2**30
 """Idle KV caches of one model that are kept for the next request, at least: one of each size up to
 1024 positions in float32, two in half precision."""
-KEPT_SHARE = 1 / 32
+KEPT_SHARE = 1 / 16
 """Of a GPU's memory, where that is more: eight requests that grew to 1024 positions leave 3.5 GB in
 half precision (63, 126 and 252 MB each), and what is not kept costs the next one a capture."""
 

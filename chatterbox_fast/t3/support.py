@@ -56,8 +56,8 @@ def why_unsupported(t3: Any) -> str | None:
         or _why_not_config(t3)
         or _why_not_layers(t3)
         or _why_not_methods(t3)
-        or _why_not_conditioning(t3)
         or why_not_called((t3.tfmr, t3.speech_head, t3.speech_emb, t3.speech_pos_emb))
+        or _why_not_conditioning(t3)
         or _why_not_tensors(t3)
         or _why_not_autocast(t3)
     )
@@ -85,20 +85,16 @@ def _why_not_inference(stock_class: type) -> str | None:
 
 
 def _why_not_methods(t3: Any) -> str | None:
-    called = frozenset(("inference", "prepare_conditioning"))  # the first is ours by now
-    reason = Methods(type(t3), called).why_replaced(t3)
+    ours = frozenset(("inference",))
+    reason = Methods(type(t3), ours).why_replaced(t3)
     return None if reason is None else f"T3 {reason}"
 
 
-def why_voices_are_not_kept(t3: Any) -> str | None:
-    """What somebody put into what makes a voice, and wants to be called each time; or None."""
-    ours = frozenset(("inference",))
-    return Methods(type(t3), ours).why_replaced(t3) or why_not_called((t3.cond_enc,))
-
-
 def _why_not_conditioning(t3: Any) -> str | None:
-    """It is called, but once a voice, and its length is known before."""
+    """It is called, but once a voice, and the length of what it makes is known before."""
     encoder = t3.cond_enc
+    if (reason := why_not_called((encoder,))) is not None:
+        return f"{reason} for a known voice"
     if not is_exactly(encoder, "T3CondEnc", "chatterbox."):
         return f"cond_enc is a {type(encoder).__qualname__}, not Chatterbox's T3CondEnc"
     resampler = encoder.perceiver
