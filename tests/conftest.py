@@ -20,6 +20,8 @@ import torch
 
 warnings.filterwarnings("ignore", message="chatterbox_fast: CUDA kernels not built")
 
+from s3gen_toolkit import rough_s3gen
+
 from chatterbox_fast.options import Options
 from chatterbox_fast.t3 import runner
 from chatterbox_fast.t3.engine import Engine, Engines
@@ -79,6 +81,17 @@ def whole_voice(_english: Any) -> Any:
 def t3_cond(whole_voice: Any) -> Any:
     """The same as a test's own."""
     return copy.copy(whole_voice)
+
+
+@pytest.fixture(scope="module")
+def s3gen() -> Any:
+    """A small S3Gen, for the tests of one module to patch."""
+    return rough_s3gen()
+
+
+@pytest.fixture(scope="module")
+def meanflow() -> Any:
+    return rough_s3gen(meanflow=True)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import random
 import re
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from toolkit import EMULATED
 from torch import Tensor
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
@@ -457,7 +457,6 @@ def test_the_extension_gets_a_generator_or_counters_never_both(
 # ---- on a GPU
 
 on_a_gpu = [pytest.mark.gpu, pytest.mark.kernel]
-EMULATED = "EMULATED_GPU" in os.environ
 
 
 def gpu_case(source: random.Random, turbo: bool, vocabulary: int | None = None) -> Case:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from toolkit import EMULATED
 from torch import Tensor
 
 from chatterbox_fast import dispatch
 from chatterbox_fast.graph import Pool, _begin
 
 ROOT = Path(__file__).resolve().parent.parent
-EMULATED = "EMULATED_GPU" in os.environ
 
 LAUNCHES = (
     "tests/test_emulated_gpu.py",

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from s3gen_toolkit import Engine, relative, rough_s3gen, seeded, utterance
+from s3gen_toolkit import Engine, relative, seeded, utterance
 from torch._dynamo.utils import counters
 
 from chatterbox_fast.compiling import why_not_compiled
@@ -21,11 +21,6 @@ from chatterbox_fast.s3gen.layers import Linear, Norm, each_layer, without_onedn
 from chatterbox_fast.s3gen.vocoder import ResBlock, decode
 
 COMPILED = Options(compile=True)
-
-
-@pytest.fixture(scope="module")
-def s3gen() -> Any:
-    return rough_s3gen()
 
 
 @pytest.fixture(autouse=True)

@@ -11,20 +11,10 @@ from unittest import mock
 
 import pytest
 import torch
-from s3gen_toolkit import Engine, relative, rough_s3gen, seeded, utterance
+from s3gen_toolkit import Engine, relative, seeded, utterance
 from torch import Tensor
 
 from chatterbox_fast.s3gen.engine import FlowEngine
-
-
-@pytest.fixture(scope="module")
-def s3gen() -> Any:
-    return rough_s3gen()
-
-
-@pytest.fixture(scope="module")
-def meanflow() -> Any:
-    return rough_s3gen(meanflow=True)
 
 
 def mel(s3gen: Any, arguments: dict[str, Any]) -> Tensor:

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from s3gen_toolkit import Engine, deep_s3gen, utterance
-from toolkit import Dispatched
+from toolkit import EMULATED, Dispatched
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -135,13 +135,12 @@ def test_launches_of_a_request(deep: Any, precision: str, most: int) -> None:
     with Engine(s3gen, precision=precision):
         s3gen.inference(token, ref_dict=dict(voice))
         count = launched(lambda: s3gen.inference(token, ref_dict=dict(voice)))
-    exactly = "EMULATED_GPU" in os.environ
-    assert (0.95 if exactly else 0.5) * most < count <= most
+    assert (0.95 if EMULATED else 0.5) * most < count <= most
 
 
 def launched(call: Callable[[], Any]) -> int:
     """Kernels that the call launches: as the emulated GPU counts them, or as a profiler does."""
-    if "EMULATED_GPU" in os.environ:
+    if EMULATED:
         count = ctypes.CDLL(f"{os.environ['EMULATED_GPU']}/libcudart.so.13").gpu_launched
         before = count()
         call()

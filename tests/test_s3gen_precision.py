@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from s3gen_toolkit import Engine, relative, rough_s3gen, utterance
+from s3gen_toolkit import Engine, relative, utterance
 from torch import Tensor
 
 from chatterbox_fast import precision as choosing
@@ -31,11 +31,6 @@ from chatterbox_fast.testing import random_s3gen
 
 HALVES = [torch.bfloat16, torch.float16]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(scope="module")
-def s3gen() -> Any:
-    return rough_s3gen()
 
 
 def our_mel(

@@ -21,11 +21,6 @@ from chatterbox_fast.s3gen.vocoder import Draws, VocoderWeights, decode, f0, pac
 
 
 @pytest.fixture(scope="module")
-def s3gen() -> Any:
-    return rough_s3gen()
-
-
-@pytest.fixture(scope="module")
 def weights(s3gen: Any) -> VocoderWeights:
     return pack_vocoder(s3gen.mel2wav)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import multiprocessing
+import os
 import re
 import subprocess
 from collections import Counter
@@ -24,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "csrc" / "kernels"
+EMULATED = "EMULATED_GPU" in os.environ
+"""Whether the GPU there is is tests/emulated_gpu."""
 ARCHS = ("75", "80", "89", "90", "120")
 """What kernels are compiled for in tests."""
 

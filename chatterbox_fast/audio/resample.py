@@ -65,8 +65,8 @@ def _by(design: Filter | None, waveform: Tensor, backend: Backend) -> Tensor:
     samples = waveform.shape[-1]
     computed, length = lengths(design, samples)
     rows = waveform.reshape(math.prod(waveform.shape[:-1]), samples).contiguous()
-    chosen = _chosen(rows.device, backend, rows.dtype)
-    kernel = ops.resample_by("reference" if ops.differentiated(rows) else chosen)
+    chosen = "reference" if ops.differentiated(rows) else _chosen(rows.device, backend, rows.dtype)
+    kernel = ops.resample_by(chosen)
     y = kernel(rows, bank.filters, bank.first, stride=design.orig, left=bank.left, length=computed)
     if torch.compiler.is_compiling() or computed != length:  # compiled, a branch is a graph more
         y = nn.functional.pad(y, (0, length - computed))

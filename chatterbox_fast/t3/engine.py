@@ -186,12 +186,11 @@ class Engines:
         with self._lock:
             asked = dispatch.requested_backend(self._options.backend), graph_settings()
             known, engine = self._of.get(t3, (None, None))
-            now = asked, signature(t3)
-            if engine is not None and known == now:
+            if engine is not None and known == (asked, signature(t3)):
                 return engine
             if engine is not None:
                 settle_all(engine.device)
-            del engine, known, now  # their memory is the new one's
+            del engine, known  # their memory is the new one's
             self._of.pop(t3, None)
             try:
                 engine = self._new(t3)

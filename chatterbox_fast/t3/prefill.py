@@ -50,7 +50,7 @@ def check_conditioning(t3: Any, t3_cond: Any) -> bytes:
     """
     clap = getattr(t3_cond, "clap_emb", None)
     _must(clap is None, "clap_emb", "None, as in stock", f"a {type(clap).__qualname__}")
-    digest = hashlib.blake2b()
+    digest, on_host = hashlib.blake2b(), dict[str, Tensor]()
     sizes = {"speaker_emb": t3.hp.speaker_embed_size}
     if t3.hp.emotion_adv:
         sizes["emotion_adv"] = 1
@@ -62,15 +62,15 @@ def check_conditioning(t3: Any, t3_cond: Any) -> bytes:
         size = sizes.get(name)
         _must(size in (None, value.numel()), name, f"of {size} values", tuple(value.shape))
         _must(value.device == t3.device, name, f"on {t3.device} as T3 is", value.device)
-        host = value.detach().cpu().flatten()
+        host = on_host[name] = value.detach().cpu()
         _must(bool(host.isfinite().all()), name, "finite", "NaN or infinite values")
         own = t3.speech_emb.weight.dtype
         whole = name == "cond_prompt_speech_tokens"
         fits = not host.is_floating_point() if whole else host.dtype == own
         _must(fits, name, "of an integer dtype" if whole else f"{own}", host.dtype)
         digest.update(f"{name} {host.dtype} {tuple(value.shape)}".encode())
-        digest.update(host.view(torch.uint8).numpy().tobytes())
-    _check_prompt(t3, *(getattr(t3_cond, name, None) for name in _PROMPT))
+        digest.update(host.flatten().view(torch.uint8).numpy().tobytes())
+    _check_prompt(t3, *map(on_host.get, _PROMPT))
     return digest.digest()
 
 

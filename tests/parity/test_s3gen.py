@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from s3gen_toolkit import Engine, deep_s3gen, relative, rough_s3gen, roughened, seeded, utterance
+from s3gen_toolkit import Engine, deep_s3gen, relative, roughened, seeded, utterance
 from torch import Tensor
 
 from chatterbox_fast.s3gen.runner import draw_source
@@ -16,16 +16,6 @@ MEL = 1e-5
 """The largest relative error of a mel."""
 AUDIO = 1e-4
 """The largest error of a sample, of the loudest."""
-
-
-@pytest.fixture(scope="module")
-def s3gen() -> Any:
-    return rough_s3gen()
-
-
-@pytest.fixture(scope="module")
-def meanflow() -> Any:
-    return rough_s3gen(meanflow=True)
 
 
 @pytest.mark.parametrize(
